@@ -1,0 +1,10 @@
+"""Data sets: records as tensors, under a schema that is declared and never read off the records."""
+
+from dpsgd.data.base import Dataset
+from dpsgd.data.digits import digits
+from dpsgd.data.hf import huggingface
+from dpsgd.data.schema import Schema
+from dpsgd.data.synthetic import synthetic
+from dpsgd.data.tensors import tensors
+
+__all__ = ["Dataset", "Schema", "digits", "huggingface", "synthetic", "tensors"]

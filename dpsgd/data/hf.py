@@ -1,0 +1,160 @@
+"""Data sets of the Hugging Face hub, and local files, through the `datasets` library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+from dpsgd.data.base import Dataset
+from dpsgd.data.columns import Columns, Numbers, Table
+from dpsgd.data.schema import Schema
+
+_FORMATS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+    ".json": "json",
+    ".jsonl": "json",
+}
+_SAVED = "state.json", "dataset_dict.json"  # written by `save_to_disk`
+
+
+def huggingface(
+    path: str,
+    input_column: str | Sequence[str],
+    label_column: str,
+    input_shape: Sequence[int],
+    num_classes: int | None,
+    public_size: int,
+    vocab_size: int | None = None,
+    *,
+    subset: str | None = None,
+    train_split: str = "train",
+    test_split: str | None = None,
+    test_path: str | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+) -> Dataset:
+    """Returns columns of a data set of the Hugging Face hub, or of local files, as records.
+
+    Image columns become [C, H, W] in [0, 1], converted to the declared number of channels but never
+    resized. Other columns are numbers or equally long lists of numbers, in any shape that fits
+    `input_shape`. Local files leave no copy of the records behind in the library's cache.
+
+    Args:
+        path: A file (.parquet, .csv, .arrow, .json, .jsonl), a folder of such files or one made by
+            `save_to_disk`, or a name on the hub.
+        input_column: The column of the inputs, or the numeric columns to put side by side.
+        label_column: The column of the targets: class numbers, or numbers for regression.
+        input_shape: Shape of one input.
+        num_classes: Number of classes; None for regression.
+        public_size: Number of training records to be used where it must be public.
+        vocab_size: Number of tokens; None for inputs that are not token ids.
+        subset: Name of the configuration on the hub, where there are several.
+        train_split: Name of the split to train on; one file is one such split.
+        test_split: Name of the split to test on; None without a test set.
+        test_path: The test set beside a single training file, in the same format.
+        mean: Subtracted from the inputs: one number, or one per entry of the first dimension
+            (channel of an image). A public constant, not the mean of these records.
+        std: The inputs are divided by it after that; a public constant, as `mean`.
+
+    Raises:
+        ValueError: If the library is not installed, the data cannot be read, there is no such split
+            or column, or the records do not match the declarations.
+    """
+    schema = Schema(input_shape, num_classes, vocab_size)
+    columns = Columns(input_column, label_column, schema, mean, std)
+    source = _Source(path, subset, train_split, test_split, test_path)
+    with TemporaryDirectory() as scratch:
+        tables = source.load(_library(), scratch)
+        train = columns.read(source.pick(tables, train_split))
+        test_name = source.test_name
+        test = columns.read(source.pick(tables, test_name)) if test_name else None
+    return Dataset(train, test, input_shape, num_classes, public_size, vocab_size)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the tables of the splits come from."""
+
+    path: str
+    subset: str | None
+    train_split: str
+    test_split: str | None
+    test_path: str | None
+
+    def __post_init__(self) -> None:
+        if self.test_path is None:
+            return
+        if not Path(self.path).is_file() or not Path(self.test_path).is_file():
+            raise ValueError(
+                f"Expected test_path to be a file beside a single training file, got "
+                f"{self.test_path} and {self.path}. Set test_split for folders and hub names."
+            )
+        if Path(self.path).suffix != Path(self.test_path).suffix:
+            raise ValueError(
+                f"Expected training and test file in one format, got {self.path} and "
+                f"{self.test_path}."
+            )
+
+    @property
+    def test_name(self) -> str | None:
+        """Name of the test split; that of a test file is `test` unless given."""
+        return self.test_split or (None if self.test_path is None else "test")
+
+    def load(self, datasets: ModuleType, scratch: str) -> Mapping[str, Table]:
+        """Returns the tables by name of their split; local files are unpacked into `scratch`.
+
+        Raises:
+            ValueError: If they cannot be read.
+        """
+        try:
+            return self._load(datasets, scratch)
+        except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Expected data at '{self.path}', a local file or folder or a name on the Hugging "
+                f"Face hub, got: {error}"
+            ) from error
+
+    def _load(self, datasets: ModuleType, scratch: str) -> Mapping[str, Table]:
+        path = Path(self.path)
+        if path.is_dir() and any((path / name).exists() for name in _SAVED):
+            saved = datasets.load_from_disk(self.path)
+            return saved if isinstance(saved, Mapping) else {self.train_split: saved}
+        if path.is_dir():
+            return datasets.load_dataset(self.path, name=self.subset, cache_dir=scratch)
+        if path.suffix in _FORMATS:
+            files = {self.train_split: self.path}
+            if self.test_path is not None and self.test_name is not None:
+                files[self.test_name] = self.test_path
+            return datasets.load_dataset(_FORMATS[path.suffix], data_files=files, cache_dir=scratch)
+        if path.is_file():
+            raise ValueError(f"a file that does not end in {', '.join(_FORMATS)}.")
+        return datasets.load_dataset(self.path, name=self.subset)
+
+    def pick(self, tables: Mapping[str, Table], name: str) -> Table:
+        """Returns the table of a split.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        if name not in tables:
+            raise ValueError(
+                f"Expected a split '{name}' in '{self.path}', got {', '.join(tables)}. Set "
+                "train_split and test_split to two of these, or test_split to null."
+            )
+        return tables[name]
+
+
+def _library() -> ModuleType:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            "Expected the datasets library, got an environment without it. "
+            "Install it with: pip install 'dpsgd[hf]'."
+        ) from error
+    return datasets

@@ -1,0 +1,90 @@
+"""Tensors in a file: NumPy's .npz or .safetensors."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dpsgd.data.base import Dataset
+from dpsgd.data.schema import Records, Schema
+
+
+def tensors(
+    path: str | Path,
+    input_shape: Sequence[int],
+    num_classes: int | None,
+    public_size: int,
+    vocab_size: int | None = None,
+) -> Dataset:
+    """Returns the records of a file with tensors `x` and `y`, and `x_test` and `y_test` if it has them.
+
+    Inputs [N, ...] may come in any shape that fits `input_shape`; they become float32, or int64 if
+    they are token ids, and are not scaled. No code in the file is ever run: pickled objects are
+    refused.
+
+    Args:
+        path: File ending in .npz or .safetensors.
+        input_shape: Shape of one input.
+        num_classes: Number of classes; None for regression.
+        public_size: Number of training records to be used where it must be public.
+        vocab_size: Number of tokens; None for inputs that are not token ids.
+
+    Raises:
+        ValueError: If the file cannot be read, lacks a tensor or does not match the declarations.
+    """
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise ValueError(f"Expected a file ending in {' or '.join(_READERS)}, got {path.name}.")
+    try:
+        loaded = _READERS[path.suffix](path)
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"Expected a complete {path.suffix} file of plain numeric arrays at {path}, got: "
+            f"{error} Write it again, without objects or strings."
+        ) from error
+    schema = Schema(input_shape, num_classes, vocab_size)
+    train = _records(loaded, ("x", "y"), schema, path)
+    has_test = "x_test" in loaded or "y_test" in loaded
+    return Dataset(
+        train=train,
+        test=_records(loaded, ("x_test", "y_test"), schema, path) if has_test else None,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        public_size=public_size,
+        vocab_size=vocab_size,
+    )
+
+
+def _records(
+    loaded: Mapping[str, Tensor], names: tuple[str, str], schema: Schema, path: Path
+) -> Records:
+    missing = [name for name in names if name not in loaded]
+    if missing:
+        raise ValueError(
+            f"Expected tensors {names[0]} and {names[1]} in {path}, got "
+            f"{', '.join(sorted(loaded)) or 'none'}. Add {' and '.join(missing)}, or leave out the "
+            "test set as a whole."
+        )
+    x, y = (loaded[name] for name in names)
+    return schema.conform(x, y)
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+_READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
+    ".npz": _read_npz,
+    ".safetensors": load_file,
+}
+_UNREADABLE = (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE += (SafetensorError,)

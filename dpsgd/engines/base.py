@@ -1,0 +1,91 @@
+"""The interface of an engine: a model and a loss in, lazy per-sample gradients out."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpsgd.engines.batch import Batch, map_tensors, size_of
+from dpsgd.engines.grads import DenseGrads, PerSampleGrads
+
+LossFn = Callable[[Any, Batch], Tensor]
+"""`loss_fn(model, batch) -> losses [B]`: one loss per sample, the unit of privacy."""
+
+
+class Engine(ABC):
+    """Computes per-sample gradients of `loss_fn` for one model.
+
+    The model is used in train or eval mode as it is, and left as found. Frozen parameters get no
+    gradient, tied parameters are one parameter, a parameter that the losses do not reach has a zero
+    gradient.
+
+    Args:
+        model: The model; its trainable parameters are looked up anew at each call.
+        loss_fn: `loss_fn(model, batch) -> Tensor[B]`, one loss per sample.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"Expected an nn.Module as model, got {type(model).__name__}.")
+        if not callable(loss_fn):
+            raise ValueError(f"Expected loss_fn(model, batch), got {type(loss_fn).__name__}.")
+        self.model = model
+        self.loss_fn = loss_fn
+        self._latest: weakref.ref[PerSampleGrads] | None = None
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, each once (a tied one under its first name).
+
+        Raises:
+            ValueError: If nothing is trainable.
+        """
+        found = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if not found:
+            raise ValueError(
+                "Expected a model with trainable parameters, got none with requires_grad=True."
+            )
+        return found
+
+    def __call__(self, batch: Batch) -> PerSampleGrads:
+        """Returns the per-sample gradients of a batch, a pytree of tensors [B, ...].
+
+        Raises:
+            ValueError: If the batch's tensors disagree in B, the loss is not one number per sample,
+                or the engine cannot handle the model exactly; it never guesses.
+        """
+        self._end_latest()
+        parameters = self.parameters
+        size = size_of(batch)
+        if size == 0:
+            grads: PerSampleGrads = _nothing(parameters)
+        else:
+            with torch.enable_grad():
+                grads = self._compute(map_tensors(Tensor.detach, batch), size, parameters)
+        self._latest = weakref.ref(grads)
+        return grads
+
+    @abstractmethod
+    def _compute(
+        self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
+    ) -> PerSampleGrads:
+        """Returns the gradients of a batch with at least one sample, gradients enabled."""
+
+    def _end_latest(self) -> None:
+        latest = self._latest() if self._latest else None
+        if latest is not None:
+            latest.expire()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_latest": None}
+
+
+def _nothing(parameters: Mapping[str, nn.Parameter]) -> DenseGrads:
+    first = next(iter(parameters.values()))
+    grads = {name: p.new_zeros((0, *p.shape)) for name, p in parameters.items()}
+    return DenseGrads(first.new_zeros(0), grads)

@@ -1,0 +1,212 @@
+"""The lazy per-sample gradients that every engine returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Groups = Sequence[Sequence[str]]
+"""A partition of the parameter names into K clipping groups."""
+
+
+class PerSampleGrads(ABC):
+    """Per-sample gradients g_i of one physical batch, formed only as far as they are asked for.
+
+    The methods may be called in any order and any number of times until the engine's next call;
+    after that they raise. No result aliases an engine's workspace (unless `out` was given).
+
+    Everything here is sensitive: only a noised, clipped sum may be published.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], size: int) -> None:
+        self._shapes = dict(shapes)
+        self._size = size
+        self._expired = False
+
+    @property
+    def losses(self) -> Tensor:
+        """Per-sample losses [B], detached. Sensitive."""
+        self._check_alive()
+        return self._losses().detach().clone()
+
+    def norms(self, groups: Groups | None = None) -> Tensor:
+        """Returns the L2 norms of each sample's gradient before clipping, [B, K].
+
+        Args:
+            groups: K groups of parameter names that partition all of them; by default one group,
+                the whole gradient (K = 1).
+
+        Returns:
+            ||g_i restricted to group k||_2, in float32 or better. Not finite where the gradient is
+            not.
+        """
+        self._check_alive()
+        squares = self._squared_norms()
+        totals = [torch.stack([squares[n] for n in group]).sum(0) for group in self._groups(groups)]
+        return torch.stack(totals, dim=1).sqrt().to(self._norm_dtype())
+
+    def weighted_sum(
+        self,
+        weights: Tensor,
+        groups: Groups | None = None,
+        out: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns sum_i w_i g_i over the batch, a dict of tensors shaped as the parameters.
+
+        Args:
+            weights: [B], or [B, K] with one column per group. A weight of exactly 0 contributes
+                exact zeros, whatever the sample's gradient is.
+            groups: The K groups that the columns of `weights` belong to.
+            out: Tensors, one per parameter, to add the sums into; they are returned.
+
+        Raises:
+            ValueError: If shapes do not fit, or a non-zero weight meets a non-finite gradient.
+        """
+        self._check_alive()
+        columns = self._columns(weights, groups)
+        sums = self._weighted_sum(columns)
+        if out is None:
+            return sums
+        _check_out(out, self._shapes)
+        for name, total in sums.items():
+            out[name].add_(total)
+        return dict(out)
+
+    def materialize(self) -> dict[str, Tensor]:
+        """Returns the per-sample gradients themselves, a dict of tensors [B, *parameter.shape]."""
+        self._check_alive()
+        return {name: grad.clone() for name, grad in self._materialize().items()}
+
+    def expire(self) -> None:
+        """Frees what the gradients hold; every later call raises. The engine calls it."""
+        self._expired = True
+        self._release()
+
+    @abstractmethod
+    def _losses(self) -> Tensor: ...
+
+    @abstractmethod
+    def _squared_norms(self) -> Mapping[str, Tensor]:
+        """Squared norms [B] per parameter name, accumulated in float64 where the device has it."""
+
+    @abstractmethod
+    def _weighted_sum(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums for one weight vector [B] per name; weights on non-finite gradients are 0."""
+
+    @abstractmethod
+    def _materialize(self) -> Mapping[str, Tensor]: ...
+
+    @abstractmethod
+    def _release(self) -> None: ...
+
+    def _check_alive(self) -> None:
+        if self._expired:
+            raise ValueError(
+                "These per-sample gradients ended with the engine's next call. "
+                "Read norms, sums or materialize() before calling the engine again."
+            )
+
+    def _groups(self, groups: Groups | None) -> list[list[str]]:
+        if groups is None:
+            return [list(self._shapes)]
+        if any(isinstance(group, str) for group in groups):
+            raise ValueError("Expected groups as sequences of parameter names, got a bare string.")
+        listed = [list(group) for group in groups]
+        flat = [name for group in listed for name in group]
+        unknown = [name for name in flat if name not in self._shapes]
+        missing = [name for name in self._shapes if name not in flat]
+        twice = sorted({name for name in flat if flat.count(name) > 1})
+        if not all(listed):
+            raise ValueError(
+                "Expected at least one parameter name in each group, got an empty group."
+            )
+        if unknown or missing or twice:
+            raise ValueError(
+                "Expected groups that hold every trainable parameter once; "
+                f"unknown: {unknown}, missing: {missing}, repeated: {twice}."
+            )
+        return listed
+
+    def _columns(self, weights: Tensor, groups: Groups | None) -> dict[str, Tensor]:
+        listed = self._groups(groups)
+        norms = self.norms(groups)
+        weights = torch.as_tensor(weights).detach().to(norms.device)
+        if weights.dim() == 1:
+            weights = weights[:, None].expand(-1, len(listed))
+        if weights.shape != norms.shape:
+            raise ValueError(
+                f"Expected weights [{self._size}] or {list(norms.shape)} ({len(listed)} group(s)), "
+                f"got {list(weights.shape)}."
+            )
+        if not torch.isfinite(weights).all():
+            raise ValueError("Expected finite weights, got NaN or infinity among them.")
+        if ((weights != 0) & ~torch.isfinite(norms)).any():
+            raise ValueError(
+                "Expected weight 0 for every sample whose gradient is not finite, got a non-zero "
+                "weight. Clipping policies give such samples 0."
+            )
+        columns = zip(weights.unbind(1), listed, strict=True)
+        return {name: column for column, group in columns for name in group}
+
+    def _norm_dtype(self) -> torch.dtype:
+        return torch.promote_types(self._losses().dtype, torch.float32)
+
+
+class DenseGrads(PerSampleGrads):
+    """Per-sample gradients held as they are, one tensor [B, *shape] per parameter."""
+
+    def __init__(self, losses: Tensor, grads: Mapping[str, Tensor]) -> None:
+        super().__init__({n: g.shape[1:] for n, g in grads.items()}, losses.shape[0])
+        self._held_losses: Tensor | None = losses.detach()
+        self._held = {name: grad.detach() for name, grad in grads.items()}
+        self._squares: dict[str, Tensor] | None = None
+
+    def _losses(self) -> Tensor:
+        assert self._held_losses is not None
+        return self._held_losses
+
+    def _squared_norms(self) -> Mapping[str, Tensor]:
+        if self._squares is None:
+            self._squares = {name: squared_norms(grad) for name, grad in self._held.items()}
+        return self._squares
+
+    def _weighted_sum(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        finite = {name: torch.isfinite(square) for name, square in self._squared_norms().items()}
+        clean = bool(torch.stack(list(finite.values())).all())
+        return {
+            name: weighted_rows(columns[name], grad, None if clean else finite[name])
+            for name, grad in self._held.items()
+        }
+
+    def _materialize(self) -> Mapping[str, Tensor]:
+        return self._held
+
+    def _release(self) -> None:
+        self._held_losses, self._held, self._squares = None, {}, None
+
+
+def squared_norms(grads: Tensor) -> Tensor:
+    """Returns the squared L2 norm [B] of each row of [B, *shape], in float64 where there is any.
+
+    Float64 keeps 1e30 from overflowing and 1e-30 from vanishing: a norm is never under-estimated.
+    """
+    dtype = torch.float32 if grads.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(grads.flatten(1), dim=1, dtype=dtype).square()
+
+
+def weighted_rows(weights: Tensor, grads: Tensor, usable: Tensor | None = None) -> Tensor:
+    """Returns sum_i w_i g_i over the usable rows of [B, *shape] (all), in float32 or better."""
+    dtype = torch.promote_types(grads.dtype, torch.float32)
+    if usable is not None:
+        weights, grads = weights[usable], grads[usable]
+    flat = weights.to(dtype) @ grads.flatten(1).to(dtype)
+    return flat.view(grads.shape[1:])
+
+
+def _check_out(out: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    wrong = [name for name, shape in shapes.items() if name not in out or out[name].shape != shape]
+    if wrong:
+        raise ValueError(f"Expected `out` to hold a tensor of the parameter's shape for {wrong}.")

@@ -1,0 +1,216 @@
+"""Classical hooks: each layer's input from its forward, its output gradient from one backward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from dpsgd import rules
+from dpsgd.engines.base import Engine, LossFn
+from dpsgd.engines.batch import Batch, check_losses
+from dpsgd.engines.grads import DenseGrads
+from dpsgd.engines.graph import Region, uncaptured
+from dpsgd.engines.probe import SizeProbe
+
+
+class Hooks(Engine):
+    """Per-sample gradients from each layer's (input, output gradient), by the rules of `dpsgd.rules`.
+
+    A forward hook on each layer keeps the inputs and marks the output in the graph; one backward to
+    those marks brings the output gradients and computes no weight gradient. In-place activations,
+    layers called several times and tied weights are exact. (The older form, full backward hooks,
+    fails on in-place activations.)
+
+    Every layer must see the samples in its first dimension.
+
+    Raises:
+        ValueError: At the first call, if trainable parameters lack a rule (all are listed), a layer
+            does not see the samples first, or a parameter is used outside its layer's forward.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__(model, loss_fn)
+        self._probe = SizeProbe()
+
+    def _compute(
+        self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
+    ) -> DenseGrads:
+        names = {id(p): name for name, p in parameters.items()}
+        layers = _layers(self.model, names)
+        self._probe(self.model, batch, size, partial(_forward, self, layers))
+        losses, calls = _forward(self, layers, batch, size)
+        _check_captured(losses, calls, names)
+        grads: dict[str, Tensor] = {}
+        for call, g in zip(calls, _output_gradients(losses, calls), strict=True):
+            for name, grad in {} if g is None else _per_sample(call, g, names):
+                grads[name] = grads[name] + grad if name in grads else grad
+        for name, p in parameters.items():
+            if name not in grads:
+                grads[name] = p.new_zeros((size, *p.shape))
+        return DenseGrads(losses, {name: grads[name] for name in parameters})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with trainable parameters of its own, all of which have rules."""
+
+    path: str
+    module: nn.Module
+    rules: Mapping[str, rules.Rule]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer: its inputs, their versions, and the place of its output in the graph."""
+
+    layer: Layer
+    inputs: rules.Inputs
+    versions: Mapping[str, int]
+    output: GradientEdge
+    region: Region
+
+
+def _layers(model: nn.Module, names: Mapping[int, str]) -> list[Layer]:
+    layers, missing = [], []
+    for path, module in model.named_modules():
+        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in names}
+        found = {name: rules.lookup(module, name) for name in own}
+        missing += [
+            f"{names[id(own[name])]} ({type(module).__name__} at '{path}')"
+            for name, rule in found.items()
+            if rule is None
+        ]
+        usable = {name: rule for name, rule in found.items() if rule is not None}
+        if usable:
+            layers.append(Layer(path, module, usable))
+    if missing:
+        raise ValueError(
+            f"No rule for these trainable parameters: {'; '.join(missing)}. "
+            "Register rules with @dpsgd.rules.register, freeze them, or use engine=vmap or "
+            "engine=loop."
+        )
+    return layers
+
+
+def _forward(engine: Engine, layers: list[Layer], batch: Batch, size: int) -> Any:
+    """Runs the loss once with hooks on the layers; returns (losses, calls)."""
+    calls: list[Call] = []
+    with _hooked(layers, calls, size):
+        losses = check_losses(engine.loss_fn(engine.model, batch), size)
+    return losses, calls
+
+
+@contextmanager
+def _hooked(layers: list[Layer], calls: list[Call], size: int) -> Iterator[None]:
+    handles = []
+    try:
+        for layer in layers:
+            hook = partial(_record, layer, calls, size)
+            handles.append(layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record(
+    layer: Layer,
+    calls: list[Call],
+    size: int,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> Tensor:
+    """The forward hook: notes the call and returns the output under a node of its own.
+
+    An alias that autograd does not count as a view survives later in-place operations: they put
+    their nodes after it, and its gradient stays that of the layer's own output.
+    """
+    if not output.requires_grad:
+        return output
+    inputs = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    tensors = {n: v for n, v in list(inputs.items())[1:] if isinstance(v, Tensor)}
+    _check_samples_first(layer, tensors, output, size)
+    alias = torch.ops.aten._unsafe_view(output, output.shape)
+    own = {id(p) for p in module.parameters(recurse=False)}
+    region = Region(
+        alias.grad_fn, {t.grad_fn for t in tensors.values() if t.grad_fn is not None}, own
+    )
+    kept = {name: value.detach() for name, value in tensors.items()}
+    versions = {name: value._version for name, value in tensors.items()}
+    calls.append(Call(layer, kept, versions, get_gradient_edge(alias), region))
+    return alias
+
+
+def _check_samples_first(
+    layer: Layer, inputs: Mapping[str, Tensor], output: Tensor, size: int
+) -> None:
+    ragged = "offsets" in inputs
+    shapes = [output.shape] + ([] if ragged else [value.shape for value in inputs.values()])
+    least = _least_dims(layer.module)
+    if all(shape[:1] == (size,) for shape in shapes) and output.dim() >= least:
+        return
+    raise ValueError(
+        f"Expected '{layer.path}' ({type(layer.module).__name__}) to see the {size} samples in its "
+        f"first dimension, got shapes {[list(shape) for shape in shapes]}. Transpose or expand "
+        "to [B, ...] before the layer, or use engine=vmap or engine=loop, which keep the samples apart "
+        "by themselves."
+    )
+
+
+def _least_dims(module: nn.Module) -> int:
+    """Dimensions of a batched output: layers that also take one sample without B need it told."""
+    for dims in (1, 2, 3):
+        if isinstance(module, _SPATIAL[dims]):
+            return dims + 2
+    return 1 if isinstance(module, nn.PReLU) else 2
+
+
+_SPATIAL: Mapping[int, tuple[type[nn.Module], ...]] = {
+    1: (nn.Conv1d, nn.ConvTranspose1d, nn.InstanceNorm1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d, nn.InstanceNorm2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d, nn.InstanceNorm3d),
+}
+
+
+def _check_captured(losses: Tensor, calls: list[Call], names: Mapping[int, str]) -> None:
+    missed = uncaptured(losses, [call.region for call in calls], names)
+    if missed:
+        raise ValueError(
+            f"The losses use {missed} outside the forward of the layer that owns them, where hooks "
+            "do not see it. Call the layer itself, or use engine=vmap or engine=loop."
+        )
+
+
+def _output_gradients(losses: Tensor, calls: list[Call]) -> tuple[Tensor | None, ...]:
+    if not calls or not losses.requires_grad:
+        return (None,) * len(calls)
+    edges = [call.output for call in calls]
+    return torch.autograd.grad(losses.sum(), edges, allow_unused=True)
+
+
+def _per_sample(call: Call, g: Tensor, names: Mapping[int, str]) -> Iterator[tuple[str, Tensor]]:
+    changed = [n for n, version in call.versions.items() if call.inputs[n]._version != version]
+    if changed:
+        raise ValueError(
+            f"The {changed[0]} of '{call.layer.path}' was modified in place after the layer used "
+            "it. Replace the in-place operation, or use engine=vmap or engine=loop."
+        )
+    module = call.layer.module
+    with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+        for own_name, rule in call.layer.rules.items():
+            p = getattr(module, own_name)
+            inputs = {
+                name: value.to(p.dtype) if value.is_floating_point() else value
+                for name, value in call.inputs.items()
+            }
+            yield names[id(p)], rule(module, inputs, g.to(p.dtype))

@@ -1,0 +1,51 @@
+"""A check for engines that read the sample axis off the first dimension of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dpsgd.engines.batch import Batch, Signature, map_tensors, signature_of
+
+
+class SizeProbe:
+    """Runs a model once per batch signature at *another* batch size.
+
+    A dimension belongs to the samples if and only if it changes with the batch size. Without the
+    probe, a layer fed with [T] position ids or time-major data [T, B, ...] would be mistaken for a
+    batch whenever T = B. Only shapes decide, so a refusal says nothing about the records.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[bool, Signature]] = set()
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, size: int, run: Callable[[Batch, int], object]
+    ) -> None:
+        """Calls `run(other_batch, other_size)`, which raises if some layer sees another size.
+
+        Random states and buffers are restored afterwards.
+        """
+        signature = (model.training, signature_of(batch))
+        if signature in self._seen:
+            return
+        other = size + 1
+        larger = map_tensors(lambda t: torch.cat([t, t[:1]]), batch)
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+            try:
+                run(larger, other)
+            except ValueError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"The model runs on {size} samples but not on {other}: {error} "
+                    "Expected a model without a fixed batch size."
+                ) from error
+            finally:
+                for buffer, kept in buffers:
+                    buffer.copy_(kept)
+        self._seen.add(signature)

@@ -1,0 +1,143 @@
+"""Losses: `loss(model, batch) -> Tensor[B]`, one number per sample, the unit of privacy.
+
+A sample's loss is the mean over its own positions and over nothing else. An average over the batch
+would make one sample's gradient depend on the others, and no clipping could bound its influence.
+
+Every loss runs under `torch.func.vmap` with batches of one, and computes in float32 or better
+whatever the dtype of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Model: TypeAlias = Callable[..., Any]
+"""Whatever callable the engine passes: the module itself, or a functional view of it."""
+
+Pair: TypeAlias = tuple[Tensor, Tensor]
+"""Inputs and targets of the same B samples."""
+
+IGNORED = -100
+"""The label of a position that does not count, as in `torch.nn.functional.cross_entropy`."""
+
+
+def cross_entropy(model: Model, batch: Pair) -> Tensor:
+    """Returns the cross entropy in nats between class scores and labels, [B].
+
+    Positions labelled -100 do not count; a sample without any other position has loss 0.
+
+    Args:
+        model: Maps x to unnormalised scores [B, classes, ...].
+        batch: `(x, y)`, y being integer labels [B, ...], one per position of the scores.
+
+    Raises:
+        ValueError: If the labels are not integers or do not match the positions of the scores.
+    """
+    x, y = batch
+    scores = _widened(model(x))
+    if y.is_floating_point() or y.is_complex():
+        raise ValueError(f"Expected integer labels, got {y.dtype}. Use mse for regression.")
+    if scores.dim() < 2 or scores.shape[:1] + scores.shape[2:] != y.shape:
+        raise ValueError(
+            f"Expected scores [B, classes, ...] and labels [B, ...], got {list(scores.shape)} and "
+            f"{list(y.shape)}. Move the classes to dimension 1."
+        )
+    losses = F.cross_entropy(scores, y.long(), reduction="none", ignore_index=IGNORED)
+    return _mean_of_counted(losses, y != IGNORED)
+
+
+def mse(model: Model, batch: Pair) -> Tensor:
+    """Returns the mean squared error over the outputs of each sample, [B].
+
+    Args:
+        model: Maps x to predictions of the shape of y; a last dimension of one may be extra.
+        batch: `(x, y)`, y being the targets [B, ...].
+
+    Raises:
+        ValueError: If predictions and targets differ in shape; they are never broadcast.
+    """
+    x, y = batch
+    predictions = _matched(_widened(model(x)), y)
+    return _mean(F.mse_loss(predictions, y.to(predictions.dtype), reduction="none"))
+
+
+def binary_cross_entropy(model: Model, batch: Pair) -> Tensor:
+    """Returns the mean cross entropy in nats of each sample's yes/no questions, [B].
+
+    Args:
+        model: Maps x to logits of the shape of y; a last dimension of one may be extra.
+        batch: `(x, y)`, y being the answers [B, ...], 0 and 1 or probabilities, of any dtype.
+
+    Raises:
+        ValueError: If logits and answers differ in shape; they are never broadcast.
+    """
+    x, y = batch
+    logits = _matched(_widened(model(x)), y)
+    return _mean(F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction="none"))
+
+
+def causal_lm(model: Model, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Returns the mean cross entropy in nats of each sample's next tokens, [B].
+
+    The prediction at position t counts if t and t + 1 are attended and label t + 1 is not -100. A
+    sample without any such position has loss 0.
+
+    Args:
+        model: Maps token ids [B, T] to logits [B, T, vocabulary], a tensor or the `logits` of the
+            output. Called as `model(input_ids)`, with `attention_mask=` if the batch has one.
+        batch: Token ids [B, T], or a mapping with `input_ids` [B, T] and optionally
+            `attention_mask` [B, T] (0 where not attended) and `labels` [B, T] (the ids unless
+            given; shifted here, as in Hugging Face models).
+
+    Raises:
+        ValueError: If there are fewer than two tokens, so that nothing is predicted.
+    """
+    fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    ids = fields["input_ids"]
+    if ids.dim() != 2 or ids.shape[1] < 2:
+        raise ValueError(f"Expected token ids [B, T] with T >= 2, got {list(ids.shape)}.")
+    labels = fields.get("labels", ids)[:, 1:]
+    if "attention_mask" in fields:
+        mask = fields["attention_mask"]
+        output = model(ids, attention_mask=mask)
+        attended = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        labels = torch.where(attended, labels, IGNORED)
+    else:
+        output = model(ids)
+    logits = _widened(output if isinstance(output, Tensor) else output.logits)[:, :-1]
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten().long(), reduction="none", ignore_index=IGNORED
+    )
+    return _mean_of_counted(losses.view_as(labels), labels != IGNORED)
+
+
+def _widened(output: Tensor) -> Tensor:
+    """Returns the output in float32 if it is narrower."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def _matched(output: Tensor, y: Tensor) -> Tensor:
+    if output.shape == (*y.shape, 1):
+        return output.squeeze(-1)
+    if output.shape != y.shape:
+        raise ValueError(
+            f"Expected one output per target, got outputs {list(output.shape)} for targets "
+            f"{list(y.shape)}. Set the model's number of outputs to the targets of one sample."
+        )
+    return output
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """Means of [B, ...] over each sample's own positions, [B]."""
+    return losses.unsqueeze(-1).flatten(1).mean(1)
+
+
+def _mean_of_counted(losses: Tensor, counted: Tensor) -> Tensor:
+    """Means of [B, ...], zero where not counted, over each sample's counted positions, [B]."""
+    totals = losses.unsqueeze(-1).flatten(1).sum(1)
+    return totals / counted.unsqueeze(-1).flatten(1).sum(1).clamp(min=1)

@@ -1,0 +1,177 @@
+"""One step of DP-SGD, for every engine, clipping policy and optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpsgd.clipping import Clipping
+from dpsgd.engines import Batch, Engine
+from dpsgd.noise import Gaussian
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one physical batch brought into the sum. All of it is sensitive: never publish it.
+
+    Attributes:
+        losses: Per-sample losses [B].
+        norms: Norms before clipping [B, K].
+        weights: Clip weights times the mask [B, K].
+    """
+
+    losses: Tensor
+    norms: Tensor
+    weights: Tensor
+
+
+class PrivateStep:
+    """Differentially private SGD (Abadi et al. 2016, arXiv:1607.00133) as an object.
+
+    For each physical batch `accumulate(batch, mask)`, then once `release()`: noise is added to the
+    sum of the clipped gradients, the sum is divided by the public expected batch size and handed to
+    the optimizer. A call with one batch does both.
+
+    Guarantee: with add/remove adjacency, each release is a Gaussian mechanism of noise multiplier
+    `noise_multiplier` on a sum of L2 sensitivity <= C. The privacy of many releases follows from how
+    the batches are drawn (`dpsgd.sampling`, `dpsgd.accounting`). Zero noise gives none.
+
+    Args:
+        engine: Any engine; its model's trainable parameters are trained.
+        optimizer: Any `torch.optim` optimizer over exactly these parameters.
+        clipping: A clipping policy, `dpsgd.clipping.Flat(max_grad_norm=C)` for example.
+        noise: `dpsgd.noise.Gaussian()`.
+        noise_multiplier: noise_std / max_grad_norm, >= 0.
+        expected_batch_size: The public divisor, sample_rate times the public size of the data, never
+            the size of the drawn batch.
+
+    Raises:
+        ValueError: If a number is out of range, or optimizer and model disagree.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clipping: Clipping,
+        noise: Gaussian,
+        noise_multiplier: float,
+        expected_batch_size: float,
+    ) -> None:
+        if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+            raise ValueError(f"Expected a finite noise_multiplier >= 0, got {noise_multiplier}.")
+        if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
+            raise ValueError(
+                f"Expected a finite expected_batch_size > 0, got {expected_batch_size}."
+            )
+        _check_optimizer(optimizer, engine)
+        self.engine = engine
+        self.optimizer = optimizer
+        self.clipping = clipping
+        self.noise = noise
+        self.noise_multiplier = noise_multiplier
+        self.expected_batch_size = expected_batch_size
+        self.step = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def __call__(self, batch: Batch) -> Contribution:
+        """Accumulates one batch and releases: a whole step.
+
+        Raises:
+            ValueError: If sums of an unfinished step are pending.
+        """
+        if self._sums:
+            raise ValueError(
+                "A step is under way. Expected release() or discard() before a new whole step."
+            )
+        contribution = self.accumulate(batch)
+        self.release()
+        return contribution
+
+    def accumulate(self, batch: Batch, mask: Tensor | None = None) -> Contribution:
+        """Adds the clipped gradients of one physical batch to the sum of this step.
+
+        Args:
+            batch: A pytree of tensors [B, ...].
+            mask: Which rows are samples, [B] of 0 and 1 or bool; the others are padding and count
+                nothing, whatever they hold. All by default.
+
+        Returns:
+            Losses, norms and weights, all of them sensitive.
+
+        Raises:
+            ValueError: As the engine does. The sums of the step so far are discarded, so that a
+                repeated step cannot count a sample twice.
+        """
+        try:
+            grads = self.engine(batch)
+            groups = self.clipping.groups(list(self.engine.parameters))
+            norms = grads.norms(groups)
+            weights = self.clipping(norms)
+            if mask is not None:
+                weights = weights * _column(mask, weights)
+            if self._sums:
+                grads.weighted_sum(weights, groups, out=self._sums)
+            else:
+                self._sums = grads.weighted_sum(weights, groups)
+            return Contribution(grads.losses, norms, weights)
+        except BaseException:
+            self.discard()
+            raise
+
+    def release(self) -> None:
+        """Adds the noise, sets the gradients and steps the optimizer.
+
+        Without a sample (an empty Poisson draw) it releases noise alone, as it must.
+        """
+        parameters = self.engine.parameters
+        sums = self._sums or {
+            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for name, p in parameters.items()
+        }
+        self._sums = {}
+        step, self.step = self.step, self.step + 1
+        self.noise.add_(sums, self.noise_multiplier * self.clipping.sensitivity, step)
+        for name, p in parameters.items():
+            p.grad = sums[name].div_(self.expected_batch_size).to(p.dtype)
+        self.optimizer.step()
+
+    def discard(self) -> None:
+        """Forgets what has been accumulated since the last release. No noise is spent."""
+        self._sums = {}
+
+
+def _column(mask: Tensor, weights: Tensor) -> Tensor:
+    """The mask as [B, 1] of 0 and 1 beside the weights [B, K]."""
+    if mask.shape != weights.shape[:1]:
+        raise ValueError(f"Expected a mask [{len(weights)}], got {list(mask.shape)}.")
+    column = mask.to(device=weights.device, dtype=weights.dtype)
+    if not ((column == 0) | (column == 1)).all():
+        raise ValueError("Expected a mask of 0 and 1: other values would undo the clipping.")
+    return column[:, None]
+
+
+def _check_optimizer(optimizer: Any, engine: Engine) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"Expected a torch.optim optimizer, got {type(optimizer).__name__}.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "Expected an optimizer that takes one gradient per step, got LBFGS, which evaluates the "
+            "loss again. Use SGD or Adam."
+        )
+    parameters = engine.parameters
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in parameters.items() if id(p) not in owned]
+    if missing:
+        raise ValueError(
+            f"Expected the optimizer to own every trainable parameter, it lacks {missing}. Pass "
+            "model.parameters() to it, or freeze them."
+        )
+    frozen = {id(p) for p in engine.model.parameters()} - {id(p) for p in parameters.values()}
+    if owned - frozen - {id(p) for p in parameters.values()}:
+        raise ValueError("Expected the optimizer to own parameters of the engine's model only.")

@@ -1,0 +1,66 @@
+"""Random bits that carry privacy: AES-256-CTR streams, addressed by purpose, step and position.
+
+PyTorch's own generators are not used for privacy: the CPU one takes only 32 bits of its seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+
+import torch
+from torch import Tensor
+
+KEY_BYTES = 32
+_AES_BLOCK = 16
+
+
+def fresh_key() -> bytes:
+    """Returns 32 random bytes from the operating system."""
+    return secrets.token_bytes(KEY_BYTES)
+
+
+def check_key(key: bytes) -> bytes:
+    """Returns the key when it has 32 bytes.
+
+    Raises:
+        ValueError: If it has not. The message does not show the key.
+    """
+    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+        got = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+        raise ValueError(f"Expected a key of {KEY_BYTES} bytes, got {got}.")
+    return key
+
+
+def derive(key: bytes, purpose: str, *numbers: int) -> bytes:
+    """Returns a key of its own for a purpose and numbers such as the step (HMAC-SHA-256)."""
+    message = purpose.encode() + b"\0" + b"".join(n.to_bytes(8, "big") for n in numbers)
+    return hmac.new(check_key(key), message, hashlib.sha256).digest()
+
+
+def words(key: bytes, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Returns the words [start, start + count) of the key's AES-256-CTR stream.
+
+    Any part of the stream can be had without the rest.
+
+    Args:
+        key: 32 bytes, used for one stream only (see `derive`).
+        start: First word, counted in words of `dtype`.
+        count: Number of words.
+        dtype: torch.uint32 or torch.uint64.
+    """
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    first, size = start * dtype.itemsize, count * dtype.itemsize
+    block, skipped = divmod(first, _AES_BLOCK)
+    counter = modes.CTR(block.to_bytes(_AES_BLOCK, "big"))
+    encryptor = Cipher(algorithms.AES(check_key(key)), counter).encryptor()
+    stream = bytearray(skipped + size + _AES_BLOCK)
+    encryptor.update_into(bytes(skipped + size), stream)
+    return torch.frombuffer(stream, dtype=dtype, count=count, offset=skipped)
+
+
+def uniforms(key: bytes, start: int, count: int) -> Tensor:
+    """Returns float64 numbers in (0, 1] from the 64-bit words [start, start + count)."""
+    return words(key, start, count, torch.uint64).to(torch.float64).add_(0.5).mul_(2.0**-64)
