@@ -1,7 +1,9 @@
 """Differentially private training in PyTorch, with every per-sample gradient engine."""
 
 from dpsgd.private_step import PrivateStep
+from dpsgd.run_directory import Run, load_run
+from dpsgd.seeding import seed_everything
 
 __version__ = "0.1.0"
 
-__all__ = ["PrivateStep", "__version__"]
+__all__ = ["PrivateStep", "Run", "__version__", "load_run", "seed_everything"]

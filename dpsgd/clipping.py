@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Clipping(ABC):
-    """Turns norms [B, K] into weights [B, K] so that each sample moves the sum by a bounded amount."""
+    """Turns norms [B, K] into weights [B, K] so that a sample moves the sum by a bounded amount."""
 
     @property
     @abstractmethod

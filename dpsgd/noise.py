@@ -69,8 +69,8 @@ class Gaussian:
         for name, total in sums.items():
             if total.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
-                    f"Expected sums in float32 or float64, got {total.dtype} for '{name}': a coarser "
-                    "type would round the noise away."
+                    f"Expected sums in float32 or float64, got {total.dtype} for '{name}': a "
+                    "coarser type would round the noise away."
                 )
             if offsets is not None and offsets.get(name, -1) < 0:
                 raise ValueError(f"Expected a flat offset >= 0 for '{name}' in `offsets`.")

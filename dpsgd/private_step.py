@@ -37,8 +37,8 @@ class PrivateStep:
     the optimizer. A call with one batch does both.
 
     Guarantee: with add/remove adjacency, each release is a Gaussian mechanism of noise multiplier
-    `noise_multiplier` on a sum of L2 sensitivity <= C. The privacy of many releases follows from how
-    the batches are drawn (`dpsgd.sampling`, `dpsgd.accounting`). Zero noise gives none.
+    `noise_multiplier` on a sum of L2 sensitivity <= C. The privacy of many releases follows from
+    how the batches are drawn (`dpsgd.sampling`, `dpsgd.accounting`). Zero noise gives none.
 
     Args:
         engine: Any engine; its model's trainable parameters are trained.
@@ -46,8 +46,8 @@ class PrivateStep:
         clipping: A clipping policy, `dpsgd.clipping.Flat(max_grad_norm=C)` for example.
         noise: `dpsgd.noise.Gaussian()`.
         noise_multiplier: noise_std / max_grad_norm, >= 0.
-        expected_batch_size: The public divisor, sample_rate times the public size of the data, never
-            the size of the drawn batch.
+        expected_batch_size: The public divisor, sample_rate times the public size of the data,
+            never the size of the drawn batch.
 
     Raises:
         ValueError: If a number is out of range, or optimizer and model disagree.
@@ -161,8 +161,8 @@ def _check_optimizer(optimizer: Any, engine: Engine) -> None:
         raise ValueError(f"Expected a torch.optim optimizer, got {type(optimizer).__name__}.")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
-            "Expected an optimizer that takes one gradient per step, got LBFGS, which evaluates the "
-            "loss again. Use SGD or Adam."
+            "Expected an optimizer that takes one gradient per step, got LBFGS, which evaluates "
+            "the loss again. Use SGD or Adam."
         )
     parameters = engine.parameters
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -19,9 +19,9 @@ class Poisson:
     """Each record joins each step independently with probability q; batches vary in size.
 
     A record's coin is a function of (key, step, position of the record) alone: no physical batch
-    size, world size or appended record changes it. Records come in fixed blocks of 2^20, each with a
-    stream of its own from which the gaps between drawn records are read (geometric variables from
-    64-bit integers), so that a step costs O(q N), not O(N).
+    size, world size or appended record changes it. Records come in fixed blocks of 2^20, each with
+    a stream of its own from which the gaps between drawn records are read (geometric variables
+    from 64-bit integers), so that a step costs O(q N), not O(N).
 
     Attributes:
         sample_rate: q in (0, 1].

@@ -54,7 +54,7 @@ class Dataset:
         return len(self.train[0])
 
     def take(self, indices: Tensor) -> Records:
-        """Returns the training records at integer indices [n]: inputs [n, ...] and targets [n, ...].
+        """Returns inputs [n, ...] and targets [n, ...] of the training records at indices [n].
 
         An index may occur more than once, and there may be none.
         """

@@ -125,8 +125,8 @@ def _check_present(table: Table, name: str) -> None:
 def _images(table: Table, name: str, shape: Sequence[int]) -> Tensor:
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] not in _MODES):
         raise ValueError(
-            f"Expected input_shape [C, H, W] with C = 1, 3 or 4, or [H, W], of the images in column "
-            f"'{name}', got {list(shape)}."
+            f"Expected input_shape [C, H, W] with C = 1, 3 or 4, or [H, W], for the images in "
+            f"column '{name}', got {list(shape)}."
         )
     channels, height, width = shape if len(shape) == 3 else (1, *shape)
     pixels = np.empty((len(table), channels, height, width), dtype=np.uint8)

@@ -23,7 +23,7 @@ _SAVED = "state.json", "dataset_dict.json"  # written by `save_to_disk`
 
 
 def huggingface(
-    path: str,
+    path: str | Path,
     input_column: str | Sequence[str],
     label_column: str,
     input_shape: Sequence[int],
@@ -34,7 +34,7 @@ def huggingface(
     subset: str | None = None,
     train_split: str = "train",
     test_split: str | None = None,
-    test_path: str | None = None,
+    test_path: str | Path | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
 ) -> Dataset:
@@ -67,7 +67,9 @@ def huggingface(
     """
     schema = Schema(input_shape, num_classes, vocab_size)
     columns = Columns(input_column, label_column, schema, mean, std)
-    source = _Source(path, subset, train_split, test_split, test_path)
+    source = _Source(
+        str(path), subset, train_split, test_split, None if test_path is None else str(test_path)
+    )
     with TemporaryDirectory() as scratch:
         tables = source.load(_library(), scratch)
         train = columns.read(source.pick(tables, train_split))
@@ -144,7 +146,8 @@ class _Source:
         if name not in tables:
             raise ValueError(
                 f"Expected a split '{name}' in '{self.path}', got {', '.join(tables)}. Set "
-                "train_split and test_split to two of these, or test_split to null."
+                "train_split and test_split to two of these, test_split to null for none, or "
+                "test_path to a test file beside a single training file."
             )
         return tables[name]
 

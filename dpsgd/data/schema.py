@@ -52,20 +52,21 @@ class Schema:
         scaled nor clipped. Integer labels become int64, floating targets float32.
 
         Raises:
-            ValueError: If a record does not have as many values as the declared shape.
+            ValueError: If a record does not have as many values as the declared shape, or they are
+                complex.
         """
         size = torch.Size(self.input_shape).numel()
         if x.dim() == 0 or x[:1].numel() not in (0, size):
             raise ValueError(
-                f"Expected inputs [N, ...] that fit input_shape {list(self.input_shape)}, "
-                f"{size} values each, got {list(x.shape)}. Declare the shape of your records."
+                f"Expected inputs that fit input_shape {list(self.input_shape)}, {size} values "
+                f"each, got shape {list(x.shape[1:])}. Declare the shape of your records."
             )
-        if not x.is_floating_point() and self.vocab_size is not None:
-            x = x.long()
-        elif not x.is_complex():
-            x = x.float()
-        if not y.is_complex():
-            y = y.float() if y.is_floating_point() or self.num_classes is None else y.long()
+        if x.is_complex() or y.is_complex():
+            raise ValueError("Expected real values, got complex ones. Separate their parts.")
+        are_ids = self.vocab_size is not None and not x.is_floating_point()
+        are_labels = self.num_classes is not None and not y.is_floating_point()
+        x = x.long() if are_ids else x.float()
+        y = y.long() if are_labels else y.float()
         return x.reshape(len(x), *self.input_shape), y
 
     def check(self, records: Records, name: str) -> None:
@@ -88,8 +89,8 @@ class Schema:
             raise ValueError(f"Expected at least one record in the {name} records, got none.")
         if x.shape[1:] != self.input_shape:
             raise ValueError(
-                f"Expected {name} inputs [N, *input_shape] with input_shape "
-                f"{list(self.input_shape)}, got {list(x.shape)}. Declare the shape of your records."
+                f"Expected {name} inputs of the declared input_shape {list(self.input_shape)}, got "
+                f"{list(x.shape[1:])}. Declare the shape of your records."
             )
         if self.vocab_size is None:
             _check_floats(x, f"{name} inputs", "Set vocab_size if they are token ids.")

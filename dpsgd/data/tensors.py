@@ -24,7 +24,7 @@ def tensors(
     public_size: int,
     vocab_size: int | None = None,
 ) -> Dataset:
-    """Returns the records of a file with tensors `x` and `y`, and `x_test` and `y_test` if it has them.
+    """Returns the records of a file: tensors `x` and `y`, and perhaps `x_test` and `y_test`.
 
     Inputs [N, ...] may come in any shape that fits `input_shape`; they become float32, or int64 if
     they are token ids, and are not scaled. No code in the file is ever run: pickled objects are
@@ -43,6 +43,8 @@ def tensors(
     path = Path(path)
     if path.suffix not in _READERS:
         raise ValueError(f"Expected a file ending in {' or '.join(_READERS)}, got {path.name}.")
+    if not path.is_file():
+        raise ValueError(f"Expected a file at {path}, got none.")
     try:
         loaded = _READERS[path.suffix](path)
     except _UNREADABLE as error:
@@ -78,6 +80,8 @@ def _records(
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("an incomplete archive.")
     with np.load(path, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
@@ -86,5 +90,12 @@ _READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
     ".npz": _read_npz,
     ".safetensors": load_file,
 }
-_UNREADABLE = (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error)
-_UNREADABLE += (SafetensorError,)
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    SafetensorError,
+)

@@ -22,7 +22,7 @@ from dpsgd.engines.probe import SizeProbe
 
 
 class Hooks(Engine):
-    """Per-sample gradients from each layer's (input, output gradient), by the rules of `dpsgd.rules`.
+    """Per-sample gradients from each layer's input and output gradient, by `dpsgd.rules`.
 
     A forward hook on each layer keeps the inputs and marks the output in the graph; one backward to
     those marks brings the output gradients and computes no weight gradient. In-place activations,
@@ -162,8 +162,8 @@ def _check_samples_first(
     raise ValueError(
         f"Expected '{layer.path}' ({type(layer.module).__name__}) to see the {size} samples in its "
         f"first dimension, got shapes {[list(shape) for shape in shapes]}. Transpose or expand "
-        "to [B, ...] before the layer, or use engine=vmap or engine=loop, which keep the samples apart "
-        "by themselves."
+        "to [B, ...] before the layer, or use engine=vmap or engine=loop, which keep the samples "
+        "apart by themselves."
     )
 
 

@@ -57,6 +57,7 @@ class Opacus(Engine):
         self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
     ) -> PerSampleGrads:
         if self.mode == "ghost":
+            _check_precise(parameters)
             return _GhostGrads(partial(self._ghost, parameters), batch, size, parameters)
         with _attached(self.model, self.mode) as view:
             losses = self._losses(view, batch, size)
@@ -254,8 +255,8 @@ def _checked(
         row = rows[name]
         if row is not None and (not isinstance(row, Tensor) or row.shape != (size, *p.shape)):
             raise ValueError(
-                f"Opacus gave no per-sample gradient [{size}, *shape] for '{name}': some layer does "
-                "not see the samples in its first dimension. Use engine=vmap or engine=loop."
+                f"Opacus gave no per-sample gradient [{size}, *shape] for '{name}': some layer "
+                "does not see the samples in its first dimension. Use engine=vmap or engine=loop."
             )
         grads[name] = p.detach().new_zeros((size, *p.shape)) if row is None else row
     return grads
@@ -276,6 +277,16 @@ def _plain_gradients(
     return dict(zip(parameters, grads, strict=True))
 
 
+def _check_precise(parameters: Mapping[str, nn.Parameter]) -> None:
+    coarse = [name for name, p in parameters.items() if torch.finfo(p.dtype).bits < 32]
+    if coarse:
+        raise ValueError(
+            f"Expected parameters in float32 or float64 for Opacus (mode=ghost), got "
+            f"{parameters[coarse[0]].dtype}: it rounds norms to that type, and clipped gradients "
+            "then exceed the clip norm. Use mode=hooks or another engine."
+        )
+
+
 def _known_flaw(module: nn.Module, mode: Mode) -> str | None:
     """What Opacus gets wrong about a module for some data only, so that a check may not show it."""
     if mode == "functorch" or not any(p.requires_grad for p in module.parameters(recurse=False)):
@@ -288,7 +299,7 @@ def _known_flaw(module: nn.Module, mode: Mode) -> str | None:
 
 
 def _close(actual: Tensor, reference: Tensor) -> bool:
-    """Whether two tensors agree but for rounding; a reference that is not finite tells nothing."""
+    """Whether two tensors agree but for rounding; an infinite or NaN reference tells nothing."""
     if not torch.isfinite(reference).all():
         return True
     tolerance = 0.05 if torch.finfo(actual.dtype).bits < 32 else 1e-3

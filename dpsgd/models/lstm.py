@@ -54,5 +54,7 @@ class LSTM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the scores [B, num_classes] of inputs [B, *input_shape]."""
         sequence = as_sequence(x) if self.embedding is None else self.embedding(x)
-        outputs, _ = self.lstm(sequence)
+        # Made from the sequence: under vmap each sample then has its own state from the start.
+        start = sequence.new_zeros(self.lstm.num_layers, len(sequence), self.lstm.hidden_size)
+        outputs, _ = self.lstm(sequence, (start, start))
         return self.head(self.dropout(outputs.mean(1)))

@@ -20,7 +20,7 @@ class WideResNet(nn.Module):
     Args:
         input_shape: Shape of one input, [C, H, W], or [H, W] for one channel.
         num_classes: Number of outputs; None is one output, for regression.
-        depth: Number of convolutions along the main path, 6 n + 4.
+        depth: 6 n + 4 for n blocks, of two convolutions each, in each of the three stages.
         width: Factor on the channels 16, 32, 64 of the three stages.
         groups: Normalisation groups; they divide 16.
         activation: Its name: relu, tanh, gelu, silu or elu.

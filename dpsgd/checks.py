@@ -1,0 +1,237 @@
+"""Checks of model, loss and engine that run before any privacy is spent, on synthetic batches.
+
+They never see a private record: a refusal that depended on one would leak it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dpsgd.data import Dataset
+from dpsgd.engines import Batch, Engine, Loop, LossFn
+from dpsgd.engines.batch import check_losses, map_tensors, size_of
+
+_DROPOUTS = (
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    torch.dropout,
+)
+
+
+def synthetic_batch(data: Dataset, size: int) -> Batch:
+    """Returns a random batch (x, y) of what is declared about the data, none of its records."""
+    shape = (size, *data.input_shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.rand(shape)
+        if data.vocab_size is not None:
+            x = torch.randint(data.vocab_size, shape)
+        targets = data.train[1]
+        y = torch.rand((size, *targets.shape[1:]))
+        if data.num_classes is not None:
+            y = torch.randint(data.num_classes, y.shape, dtype=targets.dtype)
+    return x, y
+
+
+def preflight(engine: Engine, batch: Batch) -> None:
+    """Raises unless the engine treats a synthetic batch exactly and the samples keep apart.
+
+    Args:
+        engine: The engine, with its model in the mode that it is used in.
+        batch: A synthetic batch of at least two samples, of the shapes that training will see.
+
+    Raises:
+        ValueError: If samples influence each other's losses, a forward pass changes buffers or
+            parameters, or the engine's gradients differ from those of `Loop`.
+    """
+    check_unchanged_state(engine.model, engine.loss_fn, batch)
+    check_independence(engine.model, engine.loss_fn, batch)
+    check_agreement(engine, batch)
+
+
+def check_independence(model: nn.Module, loss_fn: LossFn, batch: Batch) -> None:
+    """Raises if changing one sample of the batch moves the loss of another.
+
+    Batch normalisation in train mode does that, a loss averaged over the batch, a reshape that
+    mixes time-major data.
+
+    Args:
+        model: The model, in the mode that it is trained in.
+        loss_fn: `loss_fn(model, batch) -> Tensor[B]`.
+        batch: A batch of at least two samples.
+
+    Raises:
+        ValueError: If samples are not independent; it names the first module where they meet.
+    """
+    size = size_of(batch)
+    if size < 2:
+        raise ValueError(f"Expected a batch of at least 2 samples, got {size}.")
+    changed = map_tensors(lambda t: torch.cat([t[1:2], t[1:]]), batch)
+    runs = []
+    for data in (batch, changed):
+        with _restored(model), torch.no_grad(), _outputs(model, size) as outputs:
+            torch.manual_seed(0)
+            losses = check_losses(loss_fn(model, data), size)
+        runs.append((losses, outputs))
+    (losses, outputs), (other_losses, other_outputs) = runs
+    if _moved(losses, other_losses):
+        met = _first_meeting(outputs, other_outputs)
+        raise ValueError(
+            "Expected independent samples, but changing one sample of the batch moves the losses "
+            f"of others. They first meet {met}. Differential privacy needs one loss per sample that "
+            "depends on nothing else: use GroupNorm or LayerNorm instead of BatchNorm, transpose "
+            "(never reshape) time-major data, and average within samples only."
+        )
+
+
+def check_unchanged_state(model: nn.Module, loss_fn: LossFn, batch: Batch) -> None:
+    """Raises if a forward pass moves buffers or parameters, which no noise would protect.
+
+    Raises:
+        ValueError: Naming what moved: running statistics, or an embedding with max_norm.
+    """
+    with _restored(model) as before, torch.no_grad():
+        loss_fn(model, batch)
+        moved = [name for name, (now, kept) in before.items() if not _same(now, kept)]
+    if moved:
+        raise ValueError(
+            f"Expected a forward pass to leave the model as it is, but it moves {moved}. Such "
+            "state would learn from the records without noise: use GroupNorm instead of BatchNorm, "
+            "track_running_stats=False, or an embedding without max_norm."
+        )
+
+
+def check_agreement(engine: Engine, batch: Batch) -> None:
+    """Raises if the engine's per-sample gradients differ from those of `Loop`, dropout being off.
+
+    A model that draws other random numbers cannot be compared and passes.
+
+    Raises:
+        ValueError: Naming the parameter with the largest difference.
+    """
+    if isinstance(engine, Loop):
+        return
+    loop = Loop(engine.model, engine.loss_fn)
+    with _restored(engine.model), without_dropout(engine.model):
+        expected = loop(batch).materialize()
+        again = loop(batch).materialize()
+        actual = engine(batch).materialize()
+    gaps = {name: relative_gap(actual[name], expected[name]) for name in expected}
+    noise = max(relative_gap(again[name], expected[name]) for name in expected)
+    worst = max(gaps, key=lambda name: gaps[name])
+    if gaps[worst] > tolerance(expected[worst].dtype) and noise == 0:
+        raise ValueError(
+            f"Expected {type(engine).__name__} to agree with Loop, but the per-sample gradients of "
+            f"'{worst}' differ by {gaps[worst]:.1e} of their size. Use engine=loop, and please "
+            "report the model."
+        )
+
+
+def relative_gap(actual: Tensor, expected: Tensor) -> float:
+    """Returns max |actual - expected| / max |expected|, infinite where only one is finite."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    if not torch.equal(torch.isfinite(actual), torch.isfinite(expected)):
+        return float("inf")
+    finite = torch.isfinite(expected)
+    if not finite.any():
+        return 0.0
+    gap = (actual - expected)[finite].abs().max()
+    return float(gap / expected[finite].abs().max().clamp(min=1e-12)) if gap > 1e-12 else 0.0
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Returns the relative difference that rounding explains: 1e-9, 1e-3, or 0.1 for bfloat16."""
+    return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 0.1)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Switches dropout off for a while, leaving the model in its mode."""
+    recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase) and m.dropout]
+    kept = [module.dropout for module in recurrent]
+    for module in recurrent:
+        module.dropout = 0.0
+    try:
+        with _NoDropout():
+            yield
+    finally:
+        for module, probability in zip(recurrent, kept):
+            module.dropout = probability
+
+
+class _NoDropout(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if kwargs.get("dropout_p"):
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Puts buffers, parameters and random states back afterwards; gives (now, before) by name."""
+    state = {
+        name: (tensor, tensor.detach().clone())
+        for name, tensor in (*model.named_buffers(), *model.named_parameters())
+    }
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield state
+        finally:
+            with torch.no_grad():
+                for now, kept in state.values():
+                    now.copy_(kept)
+
+
+@contextmanager
+def _outputs(model: nn.Module, size: int) -> Iterator[list[tuple[str, str, Tensor]]]:
+    """Collects (path, type, output) of each call of a module that returns [B, ...]."""
+    seen: list[tuple[str, str, Tensor]] = []
+
+    def record(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.shape[:1] == (size,):
+                seen.append((path, type(module).__name__, output.detach().clone()))
+
+        return hook
+
+    handles = [m.register_forward_hook(record(path)) for path, m in model.named_modules() if path]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_meeting(
+    outputs: list[tuple[str, str, Tensor]], others: list[tuple[str, str, Tensor]]
+) -> str:
+    for (path, kind, now), (_, _, other) in zip(outputs, others):
+        if now.shape == other.shape and _moved(now, other):
+            return f"in '{path}' ({kind})"
+    return "outside the modules' outputs, in the forward pass or the loss function"
+
+
+def _moved(now: Tensor, other: Tensor) -> bool:
+    """Whether a row other than the changed first one differs."""
+    return relative_gap(other[1:], now[1:]) > tolerance(now.dtype) / 10
+
+
+def _same(now: Tensor, kept: Tensor) -> bool:
+    return torch.equal(torch.nan_to_num(now.detach()), torch.nan_to_num(kept))

@@ -1,0 +1,127 @@
+"""What the entry points share: Hydra, and errors as one readable message."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpsgd.config import config_dir, resolve
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+_EXPECTED = (ValueError, HydraException, OmegaConfBaseException)
+
+
+def run(task: Callable[[DictConfig], None], config_name: str) -> None:
+    """Composes the configuration from the command line and runs the task; exits on errors.
+
+    A user's mistake gives one message on standard error and exit status 2; with `debug=true` it
+    gives the traceback.
+
+    Args:
+        task: What to do with the resolved configuration.
+        config_name: Name of the primary configuration file, without its ending.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
+    def main(config: DictConfig) -> None:
+        if os.getcwd() not in sys.path:  # a stranger's own module, named by _target_
+            sys.path.insert(0, os.getcwd())
+        _redact_sweep(config)
+        try:
+            task(resolve(config, HydraConfig.get().overrides.task))
+        except _EXPECTED as error:  # here, before Hydra prints the overrides with the key
+            _fail(error, config_name)
+
+    try:
+        main()
+    except _EXPECTED as error:
+        _fail(error, config_name)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def run_path(configured: str) -> Path:
+    """Returns the run's directory: as configured, or a sweep job's own below it."""
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN:
+        return Path(configured)
+    name = re.sub(r"[^\w.,=+-]", "_", settings.job.override_dirname)[:150]
+    return Path(settings.sweep.dir) / f"{settings.job.num}_{name}".rstrip("_")
+
+
+def _fail(error: Exception, config_name: str) -> NoReturn:
+    if any(re.fullmatch(r"\+?debug=(true|1|yes|on)", arg, re.I) for arg in sys.argv[1:]):
+        raise error
+    print(f"Error: {_explain(error, config_name)}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def _redact_sweep(config: DictConfig) -> None:
+    """Takes a fixed key out of the multirun.yaml that Hydra has written."""
+    settings = HydraConfig.get()
+    if settings.mode == RunMode.MULTIRUN and config.privacy.key is not None:
+        file = Path(settings.sweep.dir) / "multirun.yaml"
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace(str(config.privacy.key), "<redacted>"), encoding="utf-8")
+
+
+def _explain(error: Exception, config_name: str) -> str:
+    """The error's words, with what exists for a mistyped option or key."""
+    text = str(error).split("Config search path")[0]
+    text = "\n".join(line for line in text.splitlines() if line.strip())
+    match = re.search(r"Could not override '([\w.@/-]+)'", text)
+    return text if match is None else _unknown_key(match[1], config_name)
+
+
+def _unknown_key(key: str, config_name: str) -> str:
+    known = _known_keys(config_name)
+    parent = key.rpartition(".")[0]
+    near = difflib.get_close_matches(key, known, n=3)
+    siblings = [k for k in known if k.rpartition(".")[0] == parent and not k.endswith("_")]
+    siblings = siblings or [k for k in known if "." not in k]
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return (
+        f"There is no setting '{key}'.{hint} Settings there: {', '.join(siblings)}. "
+        f"(A further argument of a component is added with +{key}=...)"
+    )
+
+
+def _known_keys(config_name: str) -> list[str]:
+    """The keys of the composed configuration, with the groups that the user chose if possible."""
+    choices = [arg for arg in sys.argv[1:] if re.fullmatch(r"\w+=\w+", arg)]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        for overrides in (choices, []):
+            try:
+                config = compose(config_name, overrides=overrides)
+            except (HydraException, OmegaConfBaseException):
+                continue
+            return sorted(_keys(OmegaConf.to_container(config, resolve=False), ""))
+    return []
+
+
+def _keys(node: object, prefix: str) -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    keys = []
+    for name, value in node.items():
+        keys += [f"{prefix}{name}", *_keys(value, f"{prefix}{name}.")]
+    return keys

@@ -1,0 +1,49 @@
+"""Accuracy and loss on records that are held to be public."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from dpsgd.data import Dataset
+from dpsgd.engines import LossFn
+from dpsgd.placement import Placement
+
+_BATCH = 1024
+
+
+def evaluate(model: nn.Module, loss_fn: LossFn, data: Dataset) -> Mapping[str, float]:
+    """Returns the mean test loss and, for classifiers, the accuracy; nothing without a test set.
+
+    The model is in eval mode meanwhile and in its former mode afterwards.
+    """
+    if data.test is None:
+        return {}
+    x, y = data.test
+    place = Placement.of(model)
+    losses, hits = 0.0, 0
+    with _eval_mode(model), torch.no_grad():
+        for start in range(0, len(x), _BATCH):
+            rows = slice(start, start + _BATCH)
+            batch = place.batch((x[rows], y[rows]))
+            losses += float(loss_fn(model, batch).double().sum())
+            if data.num_classes is not None:
+                hits += int((model(batch[0]).argmax(1) == batch[1]).sum())
+    results = {"test_loss": losses / len(x)}
+    if data.num_classes is not None:
+        results["test_accuracy"] = hits / len(x)
+    return results
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

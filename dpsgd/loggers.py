@@ -1,0 +1,94 @@
+"""Where a run's reports go: JSON lines and TensorBoard, public things and private ones apart."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from dpsgd.trainer import StepReport
+
+
+class Logger(ABC):
+    """Receives the scalars of a step; used as a context manager."""
+
+    @abstractmethod
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes named scalars of a step."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Writes what is buffered and closes the files."""
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class JsonLines(Logger):
+    """One JSON object per step in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends {"step": ..., name: value, ...}."""
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoard(Logger):
+    """TensorBoard event files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(log_dir=str(folder), max_queue=1000)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds each scalar under its name."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the writer."""
+        self._writer.close()
+
+
+def public_scalars(
+    report: StepReport, expected_batch_size: float, seconds: float
+) -> dict[str, float]:
+    """Returns what may be published of a step.
+
+    The speed is averaged over the run and counts the *expected* batch size: the time of one step,
+    or the drawn size, would tell how many records were drawn.
+
+    Args:
+        report: The report after a step.
+        expected_batch_size: Of the privacy plan.
+        seconds: Time since training began.
+    """
+    speed = expected_batch_size * report.step / max(seconds, 1e-9)
+    return {
+        "privacy/epsilon": report.epsilon,
+        "optimizer/learning_rate": report.learning_rate,
+        "speed/expected_records_per_second": speed,
+        **{name.replace("_", "/", 1): value for name, value in report.test.items()},
+    }
+
+
+def private_scalars(report: StepReport) -> dict[str, float]:
+    """Returns what must not be published of a step, under names that say so."""
+    return {f"NOT_PRIVATE/{name}": value for name, value in report.private.items()}

@@ -1,0 +1,86 @@
+"""The typed scalars of a configuration: what Hydra checks before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Privacy:
+    """`privacy.*`."""
+
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = None
+    target_delta: float = 1e-5
+    adjacency: str = "add_remove"
+    key: str | None = None
+
+
+@dataclass
+class Training:
+    """`trainer.*`."""
+
+    num_steps: int | None = None
+    epochs: float | None = None
+    physical_batch_size: int = 512
+    evaluate_every: int = 10
+
+
+@dataclass
+class Logging:
+    """`logger.*`."""
+
+    diagnostics: bool = False
+
+
+@dataclass
+class Accountant:
+    """`accountant.*`."""
+
+    name: str = "pld"
+
+
+@dataclass
+class Run:
+    """`run.*`."""
+
+    dir: str = "runs"
+
+
+@dataclass
+class Bench:
+    """`bench.*`."""
+
+    engines: list[Any] = field(default_factory=list)
+    variants: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 256
+    repetitions: int = 9
+    warmup: int = 2
+    max_seconds: float = 60.0
+    memory: bool = True
+    dir: str = "runs"
+
+
+@dataclass
+class Scalars:
+    """The top-level scalars."""
+
+    device: str = "auto"
+    dtype: str = "float32"
+    seed: int = 0
+    debug: bool = False
+
+
+SECTIONS: dict[str, type] = {
+    "privacy": Privacy,
+    "trainer": Training,
+    "logger": Logging,
+    "accountant": Accountant,
+    "run": Run,
+    "bench": Bench,
+}
+"""Sections of plain settings, by name."""
+
+COMPONENTS = ("data", "model", "loss", "engine", "clipping", "noise", "sampler", "optimizer")
+"""Sections that name a `_target_` to build, in the order of building."""
