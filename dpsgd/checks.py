@@ -89,9 +89,9 @@ def check_independence(model: nn.Module, loss_fn: LossFn, batch: Batch) -> None:
         met = _first_meeting(outputs, other_outputs)
         raise ValueError(
             "Expected independent samples, but changing one sample of the batch moves the losses "
-            f"of others. They first meet {met}. Differential privacy needs one loss per sample that "
-            "depends on nothing else: use GroupNorm or LayerNorm instead of BatchNorm, transpose "
-            "(never reshape) time-major data, and average within samples only."
+            f"of others. They first meet {met}. Differential privacy needs one loss per sample "
+            "that depends on nothing else: use GroupNorm or LayerNorm instead of BatchNorm, "
+            "transpose (never reshape) time-major data, and average within samples only."
         )
 
 

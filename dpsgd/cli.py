@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import NoReturn
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -38,6 +40,7 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
         config_name: Name of the primary configuration file, without its ending.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it repeats what we say
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
@@ -50,6 +53,7 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
         except _EXPECTED as error:  # here, before Hydra prints the overrides with the key
             _fail(error, config_name)
 
+    sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     try:
         main()
     except _EXPECTED as error:
@@ -68,6 +72,19 @@ def run_path(configured: str) -> Path:
     return Path(settings.sweep.dir) / f"{settings.job.num}_{name}".rstrip("_")
 
 
+def _quoted(argument: str) -> str:
+    """The argument, its value in quotes if Hydra's grammar has no such characters (paths do)."""
+    key, equals, value = argument.partition("=")
+    if argument.startswith("-") or not equals:
+        return argument
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{key}='{escaped}'"
+    return argument
+
+
 def _fail(error: Exception, config_name: str) -> NoReturn:
     if any(re.fullmatch(r"\+?debug=(true|1|yes|on)", arg, re.I) for arg in sys.argv[1:]):
         raise error
@@ -78,10 +95,11 @@ def _fail(error: Exception, config_name: str) -> NoReturn:
 def _redact_sweep(config: DictConfig) -> None:
     """Takes a fixed key out of the multirun.yaml that Hydra has written."""
     settings = HydraConfig.get()
-    if settings.mode == RunMode.MULTIRUN and config.privacy.key is not None:
+    key = OmegaConf.select(config, "privacy.key")
+    if settings.mode == RunMode.MULTIRUN and key is not None:
         file = Path(settings.sweep.dir) / "multirun.yaml"
         text = file.read_text(encoding="utf-8")
-        file.write_text(text.replace(str(config.privacy.key), "<redacted>"), encoding="utf-8")
+        file.write_text(text.replace(str(key), "<redacted>"), encoding="utf-8")
 
 
 def _explain(error: Exception, config_name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -70,15 +71,10 @@ def _locate(name: str, path: str) -> Any:
         return get_object(path)
     except Exception as error:
         module, _, last = path.rpartition(".")
-        near: list[str] = []
-        try:
-            near = difflib.get_close_matches(last, dir(get_object(module)), n=3)
-        except Exception:  # not even the module is there: nothing to suggest
-            near = []
+        near = difflib.get_close_matches(last, dir(sys.modules.get(module)), n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(
-            f"Cannot find {name}._target_={path}: {_first_line(error)}.{hint}"
-        ) from error
+        cause = _first_line(error.__cause__ or error)
+        raise ValueError(f"Cannot find {name}._target_={path}: {cause}.{hint}") from error
 
 
 def _check_arguments(name: str, target: Any, given: Mapping[str, Any]) -> None:
@@ -133,5 +129,5 @@ def _fits(value: Any, allowed: tuple[type, ...]) -> bool:
     return isinstance(value, allowed)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+# one thread per test process, two processes: faster than two threads in one
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all test-gpu lint bench digits clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "dpsgd needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: $(STAMP)  ## set up, then train on digits at epsilon 3 (ARGS="engine=hooks ...")
+	$(BIN)/python -m dpsgd.train $(ARGS)
+
+test: $(STAMP)  ## set up, then run the tests
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+test-all: $(STAMP)  ## the tests, slow ones included
+	$(PYTEST) -m "not gpu" $(ARGS)
+
+test-gpu: $(STAMP)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## compare what the engines cost (ARGS="model=mlp bench.batch_size=64 ...")
+	$(BIN)/python -m dpsgd.bench $(ARGS)
+
+digits: $(STAMP)  ## the study experiments/digits: accuracy at epsilon 1, 3 and 8 over five seeds
+	$(BIN)/python experiments/digits/run.py
+
+clean:  ## remove the environment and caches; keeps runs/
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

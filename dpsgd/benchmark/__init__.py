@@ -1,0 +1,1 @@
+"""The benchmark behind `python -m dpsgd.bench`: systems -> measurements -> table, JSON, chart."""

@@ -1,0 +1,180 @@
+"""The systems that are measured: one whole training step each, private or not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from dpsgd.checks import synthetic_batch
+from dpsgd.components import build
+from dpsgd.config import placement
+from dpsgd.engines import Batch, LossFn
+from dpsgd.placement import Placement
+from dpsgd.private_step import PrivateStep
+from dpsgd.seeding import seed_everything
+
+BASELINE = "non-private"
+
+Step = Callable[[], object]
+"""One whole training step on the batch in memory."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A system by its name and settings: plain data that another process can read.
+
+    Attributes:
+        name: As the tables show it.
+        engine: The engine's section of the configuration; None for ordinary training.
+    """
+
+    name: str
+    engine: Mapping[str, Any] | None
+
+
+def expand(entries: Sequence[Any], variants: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns (engine, options) of every system that the entries of `bench.engines` stand for.
+
+    Args:
+        entries: Names of engine configs, or `{name: options}` each.
+        variants: The options, a list of mappings, that a bare name stands for; none by default.
+
+    Raises:
+        ValueError: If there is no entry, or one has another form.
+    """
+    expanded: list[tuple[str, dict[str, Any]]] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            expanded += [(entry, dict(options)) for options in variants.get(entry, [{}])]
+        elif isinstance(entry, Mapping) and len(entry) == 1:
+            ((name, options),) = entry.items()
+            if not isinstance(options, Mapping):
+                raise ValueError(
+                    f"Expected options of '{name}' as {{option: value}}, got {options!r}."
+                )
+            expanded.append((str(name), dict(options)))
+        else:
+            raise ValueError(
+                f"Expected names or {{name: {{option: value}}}} in bench.engines, got {entry!r}."
+            )
+    if not expanded:
+        raise ValueError("Expected at least one engine in bench.engines, got none.")
+    return expanded
+
+
+def label(engine: str, options: Mapping[str, Any]) -> str:
+    """Returns a system's name: `opacus-ghost`, `vmap-compile`, `vmap-chunk_size=16`."""
+    words = [engine]
+    for key, value in options.items():
+        if isinstance(value, str):
+            words.append(value)
+        else:
+            words.append(key if value is True else f"{key}={value}")
+    return "-".join(words)
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """What all systems share: initial weights, loss, batch, and how a step is made private.
+
+    Attributes:
+        config: The composed configuration, interpolations resolved.
+        model: The model with its initial weights; every system gets a copy.
+        loss_fn: One loss per sample.
+        batch: A made-up batch of the declared shapes, on the device.
+        place: Device and dtype.
+    """
+
+    config: DictConfig
+    model: nn.Module
+    loss_fn: LossFn
+    batch: Batch
+    place: Placement
+
+    @classmethod
+    def from_config(cls, config: DictConfig) -> Workload:
+        """Builds the workload; the same configuration gives the same weights in every process.
+
+        Raises:
+            ValueError: If a component cannot be built, or the model does not fit the data.
+        """
+        torch.set_float32_matmul_precision("highest")
+        place = placement(config)
+        seed_everything(config.seed)
+        parts = build(config, ("data", "model", "loss"))
+        model = place.model(parts["model"])
+        batch = place.batch(synthetic_batch(parts["data"], config.bench.batch_size))
+        resolved = config.copy()
+        OmegaConf.resolve(resolved)
+        resolved.privacy.key = None  # noise takes fresh keys here; none is written anywhere
+        return cls(resolved, model, parts["loss"], batch, place)
+
+    def step(self, system: System) -> Step:
+        """Returns the training step of a system, on a copy of the model of its own.
+
+        Raises:
+            ValueError: If the settings are unsound or the engine refuses the model.
+        """
+        model = copy.deepcopy(self.model)
+        if system.engine is None:
+            return self._ordinary_step(model)
+        step = self._private_step(system.engine, model)
+        return lambda: step(self.batch)
+
+    def check(self, systems: Sequence[System]) -> None:
+        """Raises for mistakes in the settings: they are no engine's refusal of the model.
+
+        Each engine is set up on a model that none can refuse, and ordinary training takes a step.
+
+        Raises:
+            ValueError: If an option of an engine, or a setting that all share, is unsound.
+        """
+        for system in systems:
+            if system.engine is not None:
+                try:
+                    self._private_step(system.engine, nn.Linear(1, 1))
+                except ValueError as error:
+                    raise ValueError(f"Cannot set up {system.name}: {error}") from error
+        self.step(System(BASELINE, None))()
+
+    def _private_step(self, engine: Mapping[str, Any], model: nn.Module) -> PrivateStep:
+        config = OmegaConf.create({**self.config, "engine": dict(engine)})
+        parts = build(config, ("engine", "clipping", "noise"))
+        return PrivateStep(
+            parts["engine"](model, self.loss_fn),
+            self._optimizer(model),
+            clipping=parts["clipping"],
+            noise=parts["noise"](),
+            noise_multiplier=self.config.privacy.noise_multiplier,
+            expected_batch_size=self.config.bench.batch_size,
+        )
+
+    def _ordinary_step(self, model: nn.Module) -> Step:
+        optimizer = self._optimizer(model)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            self.loss_fn(model, self.batch).mean().backward()
+            optimizer.step()
+
+        return step
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return build(self.config, ("optimizer",))["optimizer"](parameters)
+
+
+def failure(error: Exception) -> str | None:
+    """Returns why a system cannot run, None if the error is a mistake in the code."""
+    if isinstance(error, ValueError):
+        return str(error)
+    words = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in words:
+        return f"Out of memory: {words.splitlines()[0]}"
+    return None

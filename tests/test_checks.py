@@ -1,0 +1,165 @@
+"""Checks before any privacy is spent, and the users' own agreement check."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, labelled_loss, squares
+from torch import nn
+
+from dpsgd import checks, engines
+from dpsgd.testing import assert_engines_agree
+
+
+def batch(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+class FunctionalBatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.batch_norm(self.layer(x), None, None, training=True)
+
+
+class Subclass(nn.BatchNorm1d):
+    pass
+
+
+NORMS = {
+    "plain": lambda: nn.BatchNorm1d(4),
+    "not_affine": lambda: nn.BatchNorm1d(4, affine=False),
+    "no_statistics": lambda: nn.BatchNorm1d(4, track_running_stats=False),
+    "frozen": lambda: nn.BatchNorm1d(4).requires_grad_(False),
+    "subclass": lambda: Subclass(4),
+    "functional": FunctionalBatchNorm,
+}
+
+
+@pytest.mark.parametrize("engine", [engines.Loop, engines.Hooks, engines.Vmap])
+@pytest.mark.parametrize("norm", NORMS)
+def test_batch_normalisation_is_refused_in_every_disguise(norm, engine):
+    model = nn.Sequential(nn.Linear(4, 4), NORMS[norm](), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"GroupNorm"):
+        checks.preflight(engine(model, squares), batch(4, 4))
+
+
+def test_the_module_where_samples_meet_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    with pytest.raises(ValueError, match=r"first meet in '1' \(BatchNorm1d\)"):
+        checks.check_independence(model, squares, batch(4, 4))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, b: squares(m, b).mean().expand(len(b)),
+        lambda m, b: squares(m, b) - squares(m, b).mean(),
+        lambda m, b: squares(m, b).softmax(0),
+        lambda m, b: (m(b) @ m(b).T).logsumexp(1),
+    ],
+    ids=["mean", "centred", "softmax", "contrastive"],
+)
+def test_a_loss_that_couples_samples_is_refused(loss):
+    with pytest.raises(ValueError, match="in the forward pass or the loss function"):
+        checks.check_independence(nn.Linear(4, 3), loss, batch(4, 4))
+
+
+def test_reshaping_a_time_major_batch_mixes_samples_and_is_caught():
+    """Transposing [T, B, d] keeps the samples together, reshaping it does not."""
+    time_major = torch.arange(8).reshape(2, 4)  # T = 2, B = 4: sample i is column i
+    assert time_major.transpose(0, 1)[1].tolist() == [1, 5]
+    assert time_major.reshape(4, 2)[1].tolist() == [2, 3]
+
+    class Model(nn.Module):
+        def __init__(self, mixing):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.mixing = mixing
+
+        def forward(self, x):  # [B, T, d]
+            steps = x.transpose(0, 1)
+            size = len(x), x.shape[1], x.shape[2]
+            rows = steps.reshape(size) if self.mixing else steps.transpose(0, 1)
+            return self.layer(rows)
+
+    data = batch(4, 2, 4)
+    checks.check_independence(Model(mixing=False), squares, data)
+    assert_engines_agree(Model(mixing=False), squares, data)
+    with pytest.raises(ValueError, match="never reshape"):
+        checks.check_independence(Model(mixing=True), squares, data)
+    with pytest.raises(AssertionError, match="disagree"):
+        assert_engines_agree(Model(mixing=True), squares, data)
+
+
+def test_state_that_moves_in_a_forward_pass_is_named_and_put_back():
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.1), nn.Flatten(), nn.Linear(12, 2))
+    kept = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        checks.check_unchanged_state(model, squares, torch.randint(7, (4, 3)))
+    assert torch.equal(model[0].weight, kept)
+    norm = nn.InstanceNorm1d(3, track_running_stats=True)
+    with pytest.raises(ValueError, match="running_mean"):
+        checks.check_unchanged_state(norm, squares, batch(4, 3, 5))
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+
+
+def test_dropout_is_no_reason_for_refusal():
+    model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 2))
+    random = torch.random.get_rng_state()
+    for engine in (engines.Hooks, engines.Vmap, engines.Opacus):
+        checks.preflight(engine(model, squares), batch(4, 4))
+        assert_engines_agree(model, squares, batch(4, 4), [engine])
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert model.training
+
+
+def test_dropout_inside_a_recurrent_network_is_switched_off_and_back():
+    lstm = nn.LSTM(4, 3, num_layers=2, dropout=0.5, batch_first=True)
+    x = batch(4, 5, 4)
+    with checks.without_dropout(lstm):
+        torch.testing.assert_close(lstm(x)[0], lstm(x)[0])
+    assert lstm.dropout == 0.5
+    assert not torch.equal(lstm(x)[0], lstm(x)[0])
+
+
+def test_a_wrong_engine_is_found():
+    class Wrong(engines.Loop):
+        def _compute(self, batch, size, parameters):
+            grads = super()._compute(batch, size, parameters)
+            grads._held["bias"] = grads._held["bias"] * 1.01
+            return grads
+
+    class Lying(engines.Engine):
+        def _compute(self, batch, size, parameters):
+            return Wrong(self.model, self.loss_fn)._compute(batch, size, parameters)
+
+    model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="'bias' differ by 1.0e-02"):
+        checks.check_agreement(Lying(model, squares), batch(4, 4))
+    with pytest.raises(AssertionError, match="Lying and Loop disagree in the norms"):
+        assert_engines_agree(model, squares, batch(4, 4), [Lying])
+
+
+def test_assert_engines_agree_reports_refusals():
+    case = next(case for case in CASES if case.name == "attention")
+    model, loss, data = case.build(torch.float64)
+    verdicts = assert_engines_agree(model, loss, data)
+    assert verdicts["Vmap"] == "agrees"
+    assert "No rule" in verdicts["Hooks"]
+
+
+def test_assert_engines_agree_leaves_model_and_batch_as_found():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    data = (batch(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    copies = data[0].clone()
+    assert_engines_agree(model, labelled_loss, data)
+    assert torch.equal(data[0], copies)
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_a_batch_of_one_tells_nothing():
+    for check in (checks.check_independence, assert_engines_agree):
+        with pytest.raises(ValueError, match="at least 2"):
+            check(nn.Linear(4, 3), squares, batch(1, 4))

@@ -1,0 +1,169 @@
+"""`PrivateStep`: the algorithm as an object."""
+
+import pytest
+import torch
+from cases import squares
+from torch import nn
+
+from dpsgd import PrivateStep, clipping, engines
+from dpsgd.noise import Gaussian
+
+
+def make(model=None, optimizer=None, engine=engines.Vmap, **changes):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double() if model is None else model
+    settings = {
+        "clipping": clipping.Flat(0.5),
+        "noise": Gaussian(bytes(32)),
+        "noise_multiplier": 0.0,
+        "expected_batch_size": 8.0,
+        **changes,
+    }
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
+    return PrivateStep(engine(model, squares), optimizer, **settings)
+
+
+def data(size=5):
+    return torch.randn(size, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_step_is_the_formula():
+    """p <- p - lr / B_expected * (sum_i min(1, C / |g_i|) g_i + sigma C z)."""
+    step = make(noise_multiplier=1.5)
+    model = step.engine.model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    grads = engines.Loop(model, squares)(data()).materialize()
+    norms = torch.cat([g.flatten(1) for g in grads.values()], 1).norm(dim=1)
+    noise = {name: torch.zeros_like(p) for name, p in before.items()}
+    Gaussian(bytes(32)).add_(noise, 1.5 * 0.5, step=0)
+    step(data())
+    for name, p in model.named_parameters():
+        clipped = torch.einsum("b,b...->...", (0.5 / norms).clamp(max=1), grads[name])
+        torch.testing.assert_close(p, before[name] - (clipped + noise[name]) / 8)
+
+
+def test_physical_batches_add_up():
+    whole, parts = make(), make()
+    whole(data(5))
+    parts.accumulate(data(5)[:2])
+    parts.accumulate(data(5)[2:])
+    parts.release()
+    for p, q in zip(whole.engine.model.parameters(), parts.engine.model.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 0, 1, 0], [True, True, False, True, False]])
+def test_the_mask_silences_padding_whatever_it_holds(mask):
+    """Masks keep the gradients of unmasked samples, even beside NaN."""
+    padded, plain = make(), make()
+    x = data(5)
+    plain(x[[0, 1, 3]])
+    x[2], x[4] = float("nan"), 1e300
+    contribution = padded.accumulate(x, torch.tensor(mask))
+    padded.release()
+    assert contribution.weights[2] == contribution.weights[4] == 0
+    for p, q in zip(plain.engine.model.parameters(), padded.engine.model.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_release_without_samples_is_noise_alone():
+    step = make(noise_multiplier=2.0)
+    before = step.engine.model.weight.detach().clone()
+    step.release()
+    expected = {n: torch.zeros_like(p) for n, p in step.engine.model.named_parameters()}
+    Gaussian(bytes(32)).add_(expected, 1.0, step=0)
+    torch.testing.assert_close(step.engine.model.weight, before - expected["weight"] / 8)
+
+
+def test_each_release_uses_the_noise_of_its_own_step():
+    step = make(noise_multiplier=1.0)
+    gradients = []
+    for _ in range(3):
+        step.release()
+        gradients.append(step.engine.model.weight.grad.clone())
+    assert not torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[1], gradients[2])
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop]
+)
+def test_any_optimizer_gets_the_private_gradient_unmodified(kind):
+    private, plain = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    plain.load_state_dict(private.state_dict())
+    step = make(private, kind(private.parameters(), lr=0.1))
+    optimizer = kind(plain.parameters(), lr=0.1)
+    for _ in range(3):
+        step(data())
+        for p, q in zip(private.parameters(), plain.parameters()):
+            q.grad = p.grad.clone()
+        optimizer.step()
+    for p, q in zip(private.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_an_error_discards_the_sums_of_the_step():
+    step = make()
+    step.accumulate(data())
+    with pytest.raises(ValueError, match="one batch size"):
+        step.accumulate((data(3), data(4)))
+    step.release()
+    assert torch.equal(step.engine.model.weight.grad, torch.zeros(3, 4).double())
+
+
+def test_a_whole_step_amid_an_unfinished_one_is_refused():
+    step = make()
+    step.accumulate(data())
+    with pytest.raises(ValueError, match="under way"):
+        step(data())
+    step.discard()
+    step(data())
+
+
+@pytest.mark.parametrize("mask", [torch.ones(4), torch.full((5,), 0.5), torch.full((5,), 2.0)])
+def test_a_mask_that_is_not_one_is_refused(mask):
+    with pytest.raises(ValueError, match="mask"):
+        make().accumulate(data(), mask)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"noise_multiplier": -1.0}, "noise_multiplier"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier"),
+        ({"expected_batch_size": 0.0}, "expected_batch_size"),
+        ({"expected_batch_size": float("inf")}, "expected_batch_size"),
+    ],
+)
+def test_senseless_numbers_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        make(**changes)
+
+
+def test_an_optimizer_that_does_not_own_the_parameters_is_refused():
+    model = nn.Linear(4, 3).double()
+    with pytest.raises(ValueError, match=r"lacks \['weight'\]"):
+        make(model, torch.optim.SGD([model.bias], lr=1.0))
+    with pytest.raises(ValueError, match="engine's model only"):
+        make(model, torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(1))], lr=1.0))
+    with pytest.raises(ValueError, match="LBFGS"):
+        make(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ValueError, match=r"torch\.optim optimizer"):
+        make(model, "sgd")
+
+
+def test_frozen_parameters_stay():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    model[0].requires_grad_(False)
+    kept = model[0].weight.clone()
+    step = make(model, torch.optim.SGD(model.parameters(), lr=1.0), noise_multiplier=1.0)
+    step(data())
+    assert torch.equal(model[0].weight, kept)
+    assert model[0].weight.grad is None
+
+
+def test_bfloat16_parameters_are_summed_and_noised_in_float32():
+    model = nn.Linear(4, 3).bfloat16()
+    step = make(model, noise_multiplier=1.0)
+    step(data().bfloat16())
+    assert model.weight.dtype == model.weight.grad.dtype == torch.bfloat16
