@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from dpsgd.data import Dataset
 from dpsgd.engines import Batch, Engine, Loop, LossFn
 from dpsgd.engines.batch import check_losses, map_tensors, size_of
+from dpsgd.engines.probe import RandomState
 
 _DROPOUTS = (
     F.dropout,
@@ -189,8 +190,7 @@ def _restored(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         name: (tensor, tensor.detach().clone())
         for name, tensor in (*model.named_buffers(), *model.named_parameters())
     }
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+    with RandomState(model).replayed():
         try:
             yield state
         finally:

@@ -109,6 +109,8 @@ class PrivateStep:
                 repeated step cannot count a sample twice.
         """
         try:
+            if not self._sums:  # the last step's gradients need not outlive the forward pass
+                self.optimizer.zero_grad(set_to_none=True)
             grads = self.engine(batch)
             groups = self.clipping.groups(list(self.engine.parameters))
             norms = grads.norms(groups)

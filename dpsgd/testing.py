@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dpsgd.checks import relative_gap, tolerance, without_dropout
 from dpsgd.engines import Batch, Engine, Hooks, Loop, LossFn, Opacus, Vmap
 from dpsgd.engines.batch import check_losses, map_tensors, size_of
+from dpsgd.engines.probe import RandomState
 
 ENGINES: tuple[type[Engine], ...] = (Hooks, Vmap, Opacus)
 
@@ -44,7 +45,7 @@ def assert_engines_agree(
     size = size_of(batch)
     if size < 2:
         raise ValueError(f"Expected a batch of at least 2 samples, got {size}.")
-    with without_dropout(model), torch.random.fork_rng(devices=[]):
+    with without_dropout(model), RandomState(model).replayed():
         expected = _results(Loop(model, loss_fn), batch)
         with torch.no_grad():
             losses = check_losses(loss_fn(model, map_tensors(Tensor.clone, batch)), size)

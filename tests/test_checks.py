@@ -136,7 +136,7 @@ def test_a_wrong_engine_is_found():
             return Wrong(self.model, self.loss_fn)._compute(batch, size, parameters)
 
     model = nn.Linear(4, 3)
-    with pytest.raises(ValueError, match="'bias' differ by 1.0e-02"):
+    with pytest.raises(ValueError, match=r"'bias' differ by 1\.0e-02"):
         checks.check_agreement(Lying(model, squares), batch(4, 4))
     with pytest.raises(AssertionError, match="Lying and Loop disagree in the norms"):
         assert_engines_agree(model, squares, batch(4, 4), [Lying])

@@ -91,9 +91,10 @@ def _draw(axis: Any, values: Sequence[float], text: Callable[[float], str], erro
     if logarithmic:
         axis.set_xscale("log")
         axis.set_xlim(min(positive) / 2, max(positive) * (max(positive) / min(positive)) ** 0.2)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+        labelled = (1.0, 2.0, 5.0) if max(positive) < 50 * min(positive) else (1.0,)
+        axis.xaxis.set_major_locator(LogLocator(subs=labelled, numticks=12))
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     else:
         axis.set_xlim(0, max([*values, 1.0]) * 1.2)
     for place, value, end in zip(places, values, ends):

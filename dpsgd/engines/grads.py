@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+_PIECE = 4096
+_TINY = 1e-20
+
 Groups = Sequence[Sequence[str]]
 """A partition of the parameter names into K clipping groups."""
 
@@ -191,10 +194,26 @@ class DenseGrads(PerSampleGrads):
 def squared_norms(grads: Tensor) -> Tensor:
     """Returns the squared L2 norm [B] of each row of [B, *shape], in float64 where there is any.
 
-    Float64 keeps 1e30 from overflowing and 1e-30 from vanishing: a norm is never under-estimated.
+    Short pieces are summed in the gradients' precision (float32 at least), the pieces in float64:
+    no long float32 sum loses small terms. Rows that overflow or vanish so are taken in float64
+    throughout: a norm is never under-estimated, and 1e30 is not infinite.
     """
-    dtype = torch.float32 if grads.device.type == "mps" else torch.float64
-    return torch.linalg.vector_norm(grads.flatten(1), dim=1, dtype=dtype).square()
+    wide = torch.float32 if grads.device.type == "mps" else torch.float64
+    rows = grads.flatten(1)
+    whole = rows.shape[1] // _PIECE * _PIECE
+    pieces = (
+        rows[:, :whole].unflatten(1, (-1, _PIECE)) if whole else rows.new_zeros(len(rows), 1, 0)
+    )
+    dtype = torch.promote_types(grads.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(pieces, dim=2, dtype=dtype).to(wide)
+    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype).to(wide)
+    squares = norms.square().sum(1) + rest.square()
+    if dtype != wide:
+        unsure = ~torch.isfinite(squares) | (squares < _TINY)
+        if unsure.any():
+            exact = torch.linalg.vector_norm(rows[unsure], dim=1, dtype=wide).square()
+            squares = squares.masked_scatter(unsure, exact)
+    return squares
 
 
 def weighted_rows(weights: Tensor, grads: Tensor, usable: Tensor | None = None) -> Tensor:

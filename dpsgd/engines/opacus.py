@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dpsgd.engines.base import Engine, LossFn
 from dpsgd.engines.batch import Batch, check_losses, map_tensors
 from dpsgd.engines.grads import DenseGrads, PerSampleGrads
-from dpsgd.engines.probe import SizeProbe
+from dpsgd.engines.probe import RandomState, SizeProbe
 
 Mode = Literal["hooks", "functorch", "ew", "ghost"]
 _MODES = ("hooks", "functorch", "ew", "ghost")
@@ -58,7 +58,9 @@ class Opacus(Engine):
     ) -> PerSampleGrads:
         if self.mode == "ghost":
             _check_precise(parameters)
-            return _GhostGrads(partial(self._ghost, parameters), batch, size, parameters)
+            random = RandomState(self.model)
+            run = partial(self._ghost, parameters)
+            return _GhostGrads(run, batch, size, parameters, random)
         with _attached(self.model, self.mode) as view:
             losses = self._losses(view, batch, size)
             with _named_errors(self.mode):
@@ -97,10 +99,10 @@ class Opacus(Engine):
                     f"Opacus (mode={self.mode}) {flaw} at '{path}': wrong per-sample gradients for "
                     "some batches. Use engine=vmap or engine=loop."
                 )
-        state = torch.random.get_rng_state()
+        state = RandomState(self.model)
         grads = self._gradients(batch, size, parameters)
         norms, sums = grads._squared_norms(), grads.materialize()
-        torch.random.set_rng_state(state)
+        state.restore()
         losses = check_losses(self.loss_fn(self.model, batch), size)
         expected = _plain_gradients(losses, parameters)
         for name, reference in expected.items():
@@ -121,10 +123,11 @@ class _GhostGrads(PerSampleGrads):
         batch: Batch,
         size: int,
         parameters: Mapping[str, nn.Parameter],
+        random: RandomState,
     ) -> None:
         super().__init__({name: p.shape for name, p in parameters.items()}, size)
         self._run, self._batch, self._parameters = run, batch, dict(parameters)
-        self._random = torch.random.get_rng_state()
+        self._random = random
         self._attached_losses, norms = run(batch, size)
         self._clean_losses: Tensor | None = None
         self._squares = {name: norm.detach().double().square() for name, norm in norms.items()}
@@ -175,8 +178,7 @@ class _GhostGrads(PerSampleGrads):
             if finite.any():
                 source[~finite] = int(finite.nonzero()[0])
                 clean = map_tensors(lambda t: t[source.to(t.device)], self._batch)
-                with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                    torch.random.set_rng_state(self._random)
+                with self._random.replayed(), torch.enable_grad():
                     self._clean_losses, _ = self._run(clean, self._size)
             else:
                 self._clean_losses = torch.zeros_like(self._losses(), requires_grad=True)
@@ -240,6 +242,8 @@ def _in_any_mode(hooks: Any) -> Any:
 def _named_errors(mode: Mode) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise ValueError(
             f"Opacus (mode={mode}) cannot run this model: {type(error).__name__}: {error}. "

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from dpsgd.engines.batch import Batch, Signature, map_tensors, signature_of
+
+
+class RandomState:
+    """The state of PyTorch's generators (CPU and the model's CUDA devices), to draw again from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._devices = sorted(
+            {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+        )
+        self._cpu = torch.random.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
+
+    def restore(self) -> None:
+        """Goes back to this state."""
+        torch.random.set_rng_state(self._cpu)
+        for device, state in zip(self._devices, self._cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Goes back to this state for a while, and then to the present one."""
+        with torch.random.fork_rng(devices=self._devices):
+            self.restore()
+            yield
 
 
 class SizeProbe:
@@ -34,8 +59,7 @@ class SizeProbe:
         other = size + 1
         larger = map_tensors(lambda t: torch.cat([t, t[:1]]), batch)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+        with RandomState(model).replayed(), torch.enable_grad():
             try:
                 run(larger, other)
             except ValueError:

@@ -48,6 +48,8 @@ class Vmap(Engine):
         detached = {f"model.{name}": p.detach() for name, p in parameters.items()}
         try:
             grads, losses = self._function(detached, batch)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
                 f"torch.func.vmap cannot run this model: {error} "

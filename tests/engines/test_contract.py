@@ -365,3 +365,22 @@ def test_vmap_compiled_agrees():
 
 def test_case_names_are_unique():
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("width", [1, 4096, 10_000])
+def test_norms_are_right_at_every_scale_and_width(dtype, scale, width):
+    rows = (torch.randn(3, width) * scale).to(dtype)
+    rows[1] = 0
+    expected = rows.double().square().sum(1)
+    torch.testing.assert_close(
+        engines.grads.squared_norms(rows).double(), expected, rtol=1e-5, atol=0
+    )
+
+
+def test_a_long_float32_sum_loses_no_small_terms():
+    rows = torch.full((1, 1 << 25), 1e-3)
+    rows[0, 0] = 100.0
+    expected = 1e4 + (1 << 25) * 1e-6
+    assert abs(engines.grads.squared_norms(rows).item() / expected - 1) < 1e-6

@@ -69,7 +69,7 @@ def trainer(build, engine, dtype, extra=(), *, rate=1.0, steps=1, noise_multipli
         object.__setattr__(data, "train", together)
     noise = Recorded(KEY)
     sampler = Poisson(sample_rate=rate, public_size=SIZE, key=KEY)
-    plan = PrivacyPlan(rate, rate * SIZE, steps, noise_multiplier, 1e-5)
+    plan = PrivacyPlan(rate, rate * SIZE, steps, noise_multiplier, 1e-5, accountant="rdp")
     step = PrivateStep(
         engine(model, losses.cross_entropy),
         torch.optim.SGD(model.parameters(), lr=0.1),
