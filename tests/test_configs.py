@@ -18,6 +18,28 @@ CHOICES = [
     if (group, path.stem) not in {("data", "tensors"), ("data", "hf")}  # they want a file
 ]
 
+WORDS = [
+    "device",
+    "dtype",
+    "seed",
+    "run.dir",
+    "trainer.num_steps",
+    "trainer.epochs",
+    "trainer.physical_batch_size",
+    "sampler.sample_rate",
+    "sampler.expected_batch_size",
+    "data.public_size",
+    "privacy.target_epsilon",
+    "privacy.target_delta",
+    "privacy.noise_multiplier",
+    "privacy.adjacency",
+    "privacy.key",
+    "clipping.max_grad_norm",
+    "optimizer._target_",
+    "optimizer.lr",
+    "model.init_from",
+]
+
 
 def composed(*overrides):
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -39,7 +61,7 @@ def test_an_engines_word_is_its_modules_and_its_classs_name(engine):
 
 def test_the_fixed_words_exist():
     config = composed()
-    for key in ["device", "dtype", "seed", "run.dir", "trainer.num_steps", "trainer.epochs", "trainer.physical_batch_size", "sampler.sample_rate", "sampler.expected_batch_size", "data.public_size", "privacy.target_epsilon", "privacy.target_delta", "privacy.noise_multiplier", "privacy.adjacency", "privacy.key", "clipping.max_grad_norm", "optimizer._target_", "optimizer.lr", "model.init_from"]:
+    for key in WORDS:
         parent, _, last = key.rpartition(".")
         assert last in (OmegaConf.select(config, parent) if parent else config), key
 

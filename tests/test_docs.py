@@ -16,6 +16,21 @@ from dpsgd.config import config_dir, resolve
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+LIBRARIES = [
+    "opacus",
+    "hydra",
+    "omegaconf",
+    "dp_accounting",
+    "sklearn",
+    "cryptography",
+    "safetensors",
+    "rich",
+    "matplotlib",
+    "tensorboard",
+    "datasets",
+    "scipy",
+]
+
 
 def blocks(kind):
     for page in PAGES:
@@ -72,10 +87,9 @@ def test_a_rule_of_ones_own_is_right():
 
 def test_engines_clipping_and_noise_need_nothing_but_torch(tmp_path):
     """Research code and bare GPU machines use them alone."""
-    allowed = ["opacus", "hydra", "omegaconf", "dp_accounting", "sklearn", "cryptography", "safetensors", "rich", "matplotlib", "tensorboard", "datasets", "scipy"]
     code = (
         "import sys\n"
-        f"for name in {allowed!r}: sys.modules[name] = None\n"
+        f"for name in {LIBRARIES!r}: sys.modules[name] = None\n"
         "import torch, dpsgd\n"
         "from dpsgd.engines import Hooks, Loop, Vmap\n"
         "from dpsgd import clipping, noise, rules, losses\n"

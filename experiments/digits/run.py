@@ -20,14 +20,24 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 EPSILONS = (1, 3, 8)
 SEEDS = (0, 1, 2, 3, 4)
-BASELINE = {1: 0.89, 3: 0.933, 8: 0.946}  # softmax regression with momentum, rate 0.7, 60 steps, RDP
+BASELINE = {
+    1: 0.89,
+    3: 0.933,
+    8: 0.946,
+}  # softmax regression with momentum, rate 0.7, 60 steps, RDP
 
 
 def accuracies(epsilon: int) -> list[dict[str, Any]]:
     """Returns the reports of one run per seed, each with noise of its own."""
     with tempfile.TemporaryDirectory() as folder:
         seeds = ",".join(map(str, SEEDS))
-        command = [sys.executable, "-m", "dpsgd.train", "-m", f"experiment=digits_epsilon_{epsilon}"]
+        command = [
+            sys.executable,
+            "-m",
+            "dpsgd.train",
+            "-m",
+            f"experiment=digits_epsilon_{epsilon}",
+        ]
         command += [f"seed={seeds}", f"run.dir={folder}/sweep"]
         subprocess.run(command, check=True)
         reports = sorted(Path(folder, "sweep").glob("*/report.json"))
