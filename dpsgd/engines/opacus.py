@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from dpsgd.engines.base import Engine, LossFn
 from dpsgd.engines.batch import Batch, check_losses, map_tensors
 from dpsgd.engines.grads import DenseGrads, PerSampleGrads
+from dpsgd.engines.opacus_attachment import Mode, attached, named_errors
 from dpsgd.engines.probe import RandomState, SizeProbe
 
-Mode = Literal["hooks", "functorch", "ew", "ghost"]
 _MODES = ("hooks", "functorch", "ew", "ghost")
 
 
@@ -61,9 +60,9 @@ class Opacus(Engine):
             random = RandomState(self.model)
             run = partial(self._ghost, parameters)
             return _GhostGrads(run, batch, size, parameters, random)
-        with _attached(self.model, self.mode) as view:
+        with attached(self.model, self.mode) as view:
             losses = self._losses(view, batch, size)
-            with _named_errors(self.mode):
+            with named_errors(self.mode):
                 losses.sum().backward()
             rows = {name: vars(p).get("grad_sample") for name, p in parameters.items()}
         return DenseGrads(losses, _checked(rows, parameters, size))
@@ -72,9 +71,9 @@ class Opacus(Engine):
         self, parameters: Mapping[str, nn.Parameter], batch: Batch, size: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """First backward: the losses with their graph, and the norms [B] per parameter."""
-        with _attached(self.model, self.mode) as view:
+        with attached(self.model, self.mode) as view:
             losses = self._losses(view, batch, size)
-            with _named_errors(self.mode):
+            with named_errors(self.mode):
                 losses.sum().backward(retain_graph=True)
             rows = {name: vars(p).get("_norm_sample") for name, p in parameters.items()}
         norms = {}
@@ -85,7 +84,7 @@ class Opacus(Engine):
         return losses, norms
 
     def _losses(self, view: Any, batch: Batch, size: int) -> Tensor:
-        with _named_errors(self.mode):
+        with named_errors(self.mode):
             losses = self.loss_fn(view, batch)
         losses = check_losses(losses, size)
         return losses if losses.requires_grad else losses.detach().requires_grad_()
@@ -183,72 +182,6 @@ class _GhostGrads(PerSampleGrads):
             else:
                 self._clean_losses = torch.zeros_like(self._losses(), requires_grad=True)
         return self._clean_losses
-
-
-@contextmanager
-def _attached(model: nn.Module, mode: Mode) -> Iterator[Any]:
-    """Gives the callable to pass to the loss, Opacus on the model; takes all of it off again."""
-    keys = [(owner, set(vars(owner))) for owner in (*model.modules(), *model.parameters())]
-    grads = [(p, p.grad) for p in model.parameters()]
-    attachment: Any = None
-    for p, _ in grads:
-        p.grad = None
-    try:
-        with _named_errors(mode):
-            attachment = _attach(model, mode)
-        yield attachment if mode == "ew" else model
-    finally:
-        if attachment is not None:
-            attachment.cleanup()
-        for p, grad in grads:
-            p.grad = grad
-        for owner, before in keys:
-            for key in set(vars(owner)) - before:
-                delattr(owner, key)
-
-
-def _attach(model: nn.Module, mode: Mode) -> Any:
-    from opacus.grad_sample import GradSampleModuleExpandedWeights
-    from opacus.grad_sample.grad_sample_module import GradSampleHooks
-    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
-        GradSampleHooksFastGradientClipping,
-    )
-
-    if mode == "ew":
-        return GradSampleModuleExpandedWeights(model, loss_reduction="sum")
-    if mode == "ghost":
-        return _in_any_mode(GradSampleHooksFastGradientClipping)(model, loss_reduction="sum")
-    return _in_any_mode(GradSampleHooks)(
-        model, loss_reduction="sum", force_functorch=mode == "functorch"
-    )
-
-
-def _in_any_mode(hooks: Any) -> Any:
-    """The hooks class, recording in eval mode too (Opacus records in train mode only)."""
-
-    class Recording(hooks):
-        def capture_activations_hook(self, module: nn.Module, inputs: Any, output: Any) -> None:
-            training = module.training
-            module.training = True
-            try:
-                super().capture_activations_hook(module, inputs, output)
-            finally:
-                module.training = training
-
-    return Recording
-
-
-@contextmanager
-def _named_errors(mode: Mode) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"Opacus (mode={mode}) cannot run this model: {type(error).__name__}: {error}. "
-            "Use engine=vmap or engine=loop."
-        ) from error
 
 
 def _checked(
