@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from dpsgd.data import Dataset
 from dpsgd.engines import Batch, Engine, Loop, LossFn
-from dpsgd.engines.batch import check_losses, map_tensors, size_of
+from dpsgd.engines.batch import check_losses, map_tensors, signature_of, size_of
 from dpsgd.engines.probe import RandomState
 
 _DROPOUTS = (
@@ -56,9 +56,31 @@ def preflight(engine: Engine, batch: Batch) -> None:
         ValueError: If samples influence each other's losses, a forward pass changes buffers or
             parameters, or the engine's gradients differ from those of `Loop`.
     """
+    check_runs(engine.model, engine.loss_fn, batch)
     check_unchanged_state(engine.model, engine.loss_fn, batch)
     check_independence(engine.model, engine.loss_fn, batch)
     check_agreement(engine, batch)
+
+
+def check_runs(model: nn.Module, loss_fn: LossFn, batch: Batch) -> None:
+    """Raises unless the model and the loss run on the batch and give one loss per sample.
+
+    Raises:
+        ValueError: With the words of whatever the model or the loss raised.
+    """
+    size = size_of(batch)
+    with _restored(model), torch.no_grad():
+        try:
+            losses = loss_fn(model, batch)
+        except ValueError:
+            raise
+        except Exception as error:
+            shapes = [list(shape) for shape, _ in signature_of(batch)]
+            raise ValueError(
+                f"Expected model and loss to run on a batch of shapes {shapes}, got "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    check_losses(losses, size)
 
 
 def check_independence(model: nn.Module, loss_fn: LossFn, batch: Batch) -> None:

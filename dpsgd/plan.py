@@ -43,6 +43,12 @@ class PrivacyPlan:
             )
         if self.sample_rate == 0 or self.expected_batch_size <= 0:
             raise ValueError("Expected sample_rate > 0 and expected_batch_size > 0.")
+        public_size = self.expected_batch_size / self.sample_rate
+        if self.delta * public_size >= 1:
+            raise ValueError(
+                f"Expected delta < 1 / public size = {1 / public_size:.3g}, got {self.delta}: a "
+                "mechanism that publishes a random record would pass for private."
+            )
         self.epsilon_bound()
 
     @classmethod

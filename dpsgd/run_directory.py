@@ -20,7 +20,7 @@ class Run(NamedTuple):
     """A finished run, read back.
 
     Attributes:
-        model: The trained model, in eval mode on the CPU.
+        model: The trained model, in eval mode on the CPU, in the dtype of the run.
         config: The composed configuration, an OmegaConf dictionary.
         report: The final figures and the guarantee, a plain dictionary.
     """
@@ -122,6 +122,7 @@ def load_run(path: str | Path) -> Run:
     from omegaconf import DictConfig, OmegaConf
 
     from dpsgd.components import build_model
+    from dpsgd.placement import Placement
 
     folder = Path(path).expanduser()
     missing = [name for name in (CONFIG, REPORT, MODEL) if not (folder / name).is_file()]
@@ -134,6 +135,6 @@ def load_run(path: str | Path) -> Run:
         raise ValueError(f"Expected readable files in '{folder}', got: {error}") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"Expected settings in '{folder / CONFIG}', got a list.")
-    model = build_model(config)
+    model = Placement.from_names("cpu", config.dtype).model(build_model(config))
     load_weights(model, folder / MODEL)
     return Run(model.eval(), config, report)

@@ -79,7 +79,7 @@ def _prepare(config: DictConfig, key: bytes) -> Trainer:
     engine = parts["engine"](model, parts["loss"])
     step = PrivateStep(
         engine,
-        parts["optimizer"]([p for p in model.parameters() if p.requires_grad]),
+        parts["optimizer"](list(engine.parameters.values())),
         clipping=parts["clipping"],
         noise=parts["noise"](key=rng.derive(key, "noise")),
         noise_multiplier=plan.noise_multiplier,

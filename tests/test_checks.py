@@ -124,6 +124,11 @@ def test_dropout_inside_a_recurrent_network_is_switched_off_and_back():
     assert not torch.equal(lstm(x)[0], lstm(x)[0])
 
 
+def test_a_model_that_does_not_fit_the_data_is_named_before_training():
+    with pytest.raises(ValueError, match=r"shapes \[\[4, 4\]\], got RuntimeError: mat1 and mat2"):
+        checks.preflight(engines.Vmap(nn.Linear(5, 2), squares), batch(4, 4))
+
+
 def test_a_wrong_engine_is_found():
     class Wrong(engines.Loop):
         def _compute(self, batch, size, parameters):

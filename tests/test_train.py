@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -265,6 +266,8 @@ def test_tensors_of_the_users_own_without_a_test_set(tmp_path):
         (["model=lstm", "engine=hooks"], "No rule for these trainable parameters"),
         (["model.init_from=no.safetensors"], "no.safetensors"),
         (["trainer.physical_batch_size=0"], "physical_batch_size"),
+        (["privacy.target_delta=0.001"], "delta < 1 / public size"),
+        (["model._target_=torch.nn.Identity"], "trainable parameters"),
         (["model=linear", "loss=mse"], "one output per target"),
     ],
     ids=lambda value: "-".join(value)[:60] if isinstance(value, list) else "",
@@ -312,3 +315,27 @@ def test_ctrl_c_saves_the_model_and_destroys_the_key(tmp_path):
     assert report["epsilon"] < 3
     assert not (tmp_path / "r" / "private" / "key").exists()
     assert f"{report['steps']} of 5000" in out
+
+
+def test_load_run_keeps_the_dtype(tmp_path):
+    command(*SHORT, "dtype=float64", "model=linear", "run.dir=r", cwd=tmp_path)
+    model = dpsgd.load_run(tmp_path / "r").model
+    saved = load_file(tmp_path / "r" / "model.safetensors")
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float64
+        assert torch.equal(value, saved[name])
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "nonsense"])
+def test_load_run_refuses_broken_files(damage, finished, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(finished[0], run)
+    weights = run / "model.safetensors"
+    if damage == "missing":
+        (run / "report.json").unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        (run / "report.json").write_text("{")
+    with pytest.raises(ValueError, match=r"Expected"):
+        dpsgd.load_run(run)
