@@ -1,0 +1,165 @@
+"""Rules on drawn shapes: per-sample gradients of `Hooks` against `Loop`, 1e-10 relative."""
+
+import pytest
+import torch
+from cases import squares
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dpsgd import engines, rules
+
+drawn = settings(max_examples=40, deadline=None)
+small = st.integers(1, 3)
+
+
+def check(layer, x):
+    layer = layer.double()
+    expected = engines.Loop(layer, squares)(x).materialize()
+    actual = engines.Hooks(layer, squares)(x).materialize()
+    for name in expected:
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=1e-10, atol=1e-10 * max(scale, 1e-3)
+        )
+
+
+@drawn
+@given(data=st.data(), n=st.sampled_from([1, 2, 3]), size=small, bias=st.booleans())
+def test_convolutions(data, n, size, bias):
+    groups = data.draw(small)
+    each = lambda strategy: tuple(data.draw(strategy) for _ in range(n))  # noqa: E731
+    kernel, stride, dilation, space = each(small), each(small), each(small), each(st.integers(2, 6))
+    mode = data.draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    padding = data.draw(st.sampled_from(["same", "valid", "numbers"]))
+    padding = each(st.integers(0, 1)) if padding == "numbers" else padding
+    if padding == "same":
+        stride = (1,) * n
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
+    layer = kind(
+        groups * data.draw(small),
+        groups * data.draw(small),
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        bias,
+        mode,
+    )
+    x = torch.randn(size, layer.in_channels, *space).double()
+    try:
+        layer.double()(x)
+    except RuntimeError:  # kernel larger than the padded input
+        assume(False)
+    check(layer, x)
+
+
+@drawn
+@given(data=st.data(), n=st.sampled_from([1, 2, 3]), size=small, bias=st.booleans())
+def test_transposed_convolutions(data, n, size, bias):
+    groups = data.draw(small)
+    each = lambda strategy: tuple(data.draw(strategy) for _ in range(n))  # noqa: E731
+    kernel, stride, dilation = each(small), each(small), each(small)
+    limits = [max(s, d) - 1 for s, d in zip(stride, dilation)]
+    extra = tuple(data.draw(st.integers(0, limit)) for limit in limits)
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[n - 1]
+    layer = kind(
+        groups * data.draw(small),
+        groups * data.draw(small),
+        kernel,
+        stride,
+        each(st.integers(0, 1)),
+        extra,
+        groups,
+        bias,
+        dilation,
+    )
+    x = torch.randn(size, layer.in_channels, *each(small)).double()
+    try:
+        layer.double()(x)
+    except RuntimeError:  # nothing is left of the output
+        assume(False)
+    check(layer, x)
+
+
+@drawn
+@given(size=small, dims=st.lists(small, max_size=3), d=small, p=small, bias=st.booleans())
+def test_linear_of_any_number_of_dimensions(size, dims, d, p, bias):
+    check(nn.Linear(d, p, bias), torch.randn(size, *dims, d).double())
+
+
+@drawn
+@given(size=small, dims=st.lists(small, max_size=2), a=small, b=small, p=small)
+def test_bilinear(size, dims, a, b, p):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Bilinear(a, b, p)
+
+        def forward(self, x):
+            return self.layer(x[..., :a], x[..., a:])
+
+    check(Both(), torch.randn(size, *dims, a + b).double())
+
+
+@drawn
+@given(
+    size=small,
+    length=st.integers(1, 6),
+    vocabulary=st.integers(1, 6),
+    pad=st.none() | st.integers(0, 5),
+    mode=st.sampled_from(["embedding", "sum", "mean", "max"]),
+)
+def test_embeddings_with_repeated_ids(size, length, vocabulary, pad, mode):
+    pad = None if pad is None else pad % vocabulary
+    x = torch.randint(vocabulary, (size, length))
+    if mode == "embedding":
+        check(nn.Embedding(vocabulary, 3, padding_idx=pad), x)
+    else:
+        check(nn.EmbeddingBag(vocabulary, 3, mode=mode, padding_idx=pad), x)
+
+
+@drawn
+@given(size=small, lead=st.lists(small, max_size=2), shape=st.lists(small, min_size=1, max_size=2))
+def test_layer_norms(size, lead, shape):
+    x = torch.randn(size, *lead, *shape).double()
+    check(nn.LayerNorm(shape), x)
+    check(nn.RMSNorm(shape), x)
+
+
+@drawn
+@given(size=small, groups=small, each=small, space=st.lists(st.integers(2, 4), max_size=3))
+def test_channel_norms(size, groups, each, space):
+    assume(each > 1 or space)  # PyTorch refuses to normalise single values
+    channels = groups * each
+    x = torch.randn(size, channels, *space).double()
+    check(nn.GroupNorm(groups, channels), x)
+    if space:
+        kind = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[len(space) - 1]
+        check(kind(channels, affine=True), x)
+        running = kind(channels, affine=True, track_running_stats=True).double()
+        running(x * 2 + 1)
+        check(running.eval(), x)
+
+
+@drawn
+@given(size=small, channels=small, space=st.lists(small, max_size=3), own=st.booleans())
+def test_prelu(size, channels, space, own):
+    check(nn.PReLU(channels if own else 1), torch.randn(size, channels, *space).double())
+
+
+def test_registering_a_rule_twice_is_refused():
+    with pytest.raises(ValueError, match="second one"):
+        rules.register(nn.Linear, parameter="weight")(lambda module, inputs, g: g)
+
+
+def test_a_subclass_that_only_adds_a_constructor_keeps_the_rule():
+    class Square(nn.Linear):
+        def __init__(self, width):
+            super().__init__(width, width)
+
+    assert rules.lookup(Square(3), "weight") is rules.lookup(nn.Linear(3, 3), "weight")
+    patched = Square(3)
+    patched.forward = lambda x: x @ patched.weight
+    assert rules.lookup(patched, "weight") is None
