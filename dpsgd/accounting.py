@@ -15,6 +15,8 @@ Adjacency = Literal["add_remove", "replace_one"]
 
 _TOLERANCE = 1e-3
 _MAX_NOISE = 1e6
+_MIN_NOISE = 1e-3
+_FLOOR = 0.05
 _ROUNDS = 60
 _CURVE_POINTS = 20
 _INTERVAL = 1e-4  # dp-accounting's default
@@ -68,6 +70,8 @@ def calibrate_noise_multiplier(
     adjacency: Adjacency = "add_remove",
 ) -> float:
     """Returns a noise multiplier whose epsilon is within 0.1 % of the target and never above it.
+
+    It is at least 0.05, where the target may not be reached.
 
     Args:
         target_epsilon: The budget, > 0.
@@ -172,30 +176,70 @@ def _epsilon(
     accountant: AccountantName,
     adjacency: Adjacency,
 ) -> float:
+    if noise_multiplier < _MIN_NOISE:
+        return math.inf  # an upper bound; the libraries overflow
+    with _without_warnings():
+        if accountant == "rdp":
+            composed = _rdp(sample_rate, noise_multiplier, num_steps, adjacency)
+            return float(composed.get_epsilon(delta))
+        interval = _interval(sample_rate, noise_multiplier, num_steps)
+        if sample_rate == 1:  # so many Gaussian releases are one with less noise
+            noise = noise_multiplier / math.sqrt(num_steps)
+            return float(_pld(1.0, noise, interval, adjacency).get_epsilon_for_delta(delta))
+        step = _pld(sample_rate, noise_multiplier, interval, adjacency)
+        return float(step.self_compose(int(num_steps)).get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=16)
+def _pld(sample_rate: float, noise_multiplier: float, interval: float, adjacency: Adjacency) -> Any:
+    """The privacy loss distribution of one step: computed once, composed as often as needed."""
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=noise_multiplier,
+        value_discretization_interval=interval,
+        sampling_prob=sample_rate,
+        neighboring_relation=_relation(adjacency),
+    )
+
+
+def _rdp(
+    sample_rate: float,
+    noise_multiplier: float,
+    num_steps: int,
+    adjacency: Adjacency,
+    orders: list[int] | None = None,
+) -> Any:
     import dp_accounting
 
     event: Any = dp_accounting.GaussianDpEvent(noise_multiplier)
     if sample_rate < 1:
         event = dp_accounting.PoissonSampledDpEvent(sample_rate, event)
-    with _without_warnings():
-        interval = _interval(event, noise_multiplier, num_steps) if accountant == "pld" else 0.0
-        composed = _accountant(accountant, adjacency, interval).compose(event, int(num_steps))
-        return float(composed.get_epsilon(delta))
+    accountant = dp_accounting.rdp.RdpAccountant(orders, neighboring_relation=_relation(adjacency))
+    return accountant.compose(event, int(num_steps))
 
 
-def _interval(event: Any, noise_multiplier: float, num_steps: int) -> float:
+def _relation(adjacency: Adjacency) -> Any:
+    from dp_accounting import NeighboringRelation
+
+    return {
+        "add_remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
+        "replace_one": NeighboringRelation.REPLACE_ONE,
+    }[adjacency]
+
+
+def _interval(sample_rate: float, noise_multiplier: float, num_steps: int) -> float:
     """Width of the grid of privacy losses: the library's 1e-4, wider where losses run past 100.
 
     Memory and time stay bounded for plans with hardly any noise. The estimate stays pessimistic.
     """
-    from dp_accounting import rdp
-
     of_one_step = 0.5 / noise_multiplier**2 + _TAIL / noise_multiplier
     if of_one_step * num_steps <= _GRID * _INTERVAL:
         return _INTERVAL
     orders = [*range(2, 33), 48, 64, 128, 256]
-    composed = rdp.RdpAccountant(orders).compose(event, int(num_steps)).get_epsilon(1e-15)
-    return max(_INTERVAL, of_one_step / _GRID, min(composed, of_one_step * num_steps) / _GRID)
+    composed = _rdp(sample_rate, noise_multiplier, num_steps, "add_remove", orders)
+    reach = min(composed.get_epsilon(1e-15), of_one_step * num_steps)
+    return max(_INTERVAL, of_one_step / _GRID, reach / _GRID)
 
 
 @contextmanager
@@ -210,18 +254,6 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _accountant(accountant: AccountantName, adjacency: Adjacency, interval: float) -> Any:
-    from dp_accounting import NeighboringRelation, pld, rdp
-
-    relation = {
-        "add_remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
-        "replace_one": NeighboringRelation.REPLACE_ONE,
-    }[adjacency]
-    if accountant == "pld":
-        return pld.PLDAccountant(relation, value_discretization_interval=interval)
-    return rdp.RdpAccountant(neighboring_relation=relation)
-
-
 def _search(spent: Callable[[float], float], target: float, guess: float) -> float:
     """Solves spent(noise) in [(1 - tolerance) target, target], spent falling in noise.
 
@@ -231,7 +263,10 @@ def _search(spent: Callable[[float], float], target: float, guess: float) -> flo
     low, high = 0.0, math.inf
     noise, slope, previous = guess, -1.0, None
     for _ in range(_ROUNDS):
+        noise = max(noise, _FLOOR)
         now = spent(noise)
+        if noise == _FLOOR and now <= target:  # any noise would do
+            return noise
         if target * (1 - _TOLERANCE) <= now <= target:
             return noise
         low, high = (noise, high) if now > target else (low, noise)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ def synthetic_batch(data: Dataset, size: int) -> Batch:
         x = torch.rand(shape)
         if data.vocab_size is not None:
             x = torch.randint(data.vocab_size, shape)
+        for row, start in enumerate(torch.randperm(size) * shape[1] // size):
+            x[row, start + 1 :] = 0  # as if padded, to several lengths in no order
         targets = data.train[1]
         y = torch.rand((size, *targets.shape[1:]))
         if data.num_classes is not None:
@@ -100,16 +103,12 @@ def check_independence(model: nn.Module, loss_fn: LossFn, batch: Batch) -> None:
     size = size_of(batch)
     if size < 2:
         raise ValueError(f"Expected a batch of at least 2 samples, got {size}.")
-    changed = map_tensors(lambda t: torch.cat([t[1:2], t[1:]]), batch)
-    runs = []
-    for data in (batch, changed):
-        with _restored(model), torch.no_grad(), _outputs(model, size) as outputs:
-            torch.manual_seed(0)
-            losses = check_losses(loss_fn(model, data), size)
-        runs.append((losses, outputs))
-    (losses, outputs), (other_losses, other_outputs) = runs
-    if _moved(losses, other_losses):
-        met = _first_meeting(outputs, other_outputs)
+    losses, outputs = _run(model, loss_fn, batch, size)
+    for changed, row in _changes(batch, size):
+        other_losses, other_outputs = _run(model, loss_fn, changed, size)
+        if not _moved(losses, other_losses, row):
+            continue
+        met = _first_meeting(outputs, other_outputs, row)
         raise ValueError(
             "Expected independent samples, but changing one sample of the batch moves the losses "
             f"of others. They first meet {met}. Differential privacy needs one loss per sample "
@@ -241,18 +240,43 @@ def _outputs(model: nn.Module, size: int) -> Iterator[list[tuple[str, str, Tenso
             handle.remove()
 
 
+def _run(
+    model: nn.Module, loss_fn: LossFn, batch: Batch, size: int
+) -> tuple[Tensor, list[tuple[str, str, Tensor]]]:
+    with _restored(model), torch.no_grad(), _outputs(model, size) as outputs:
+        torch.manual_seed(0)
+        losses = check_losses(loss_fn(model, map_tensors(Tensor.clone, batch)), size)
+    return losses, outputs
+
+
+def _changes(batch: Batch, size: int) -> Iterator[tuple[Batch, int]]:
+    """The batch with one row changed, each row in turn: to another row, to a huge one, to zeros."""
+    for row in range(size):
+        for factor in (1, 100, 0):
+            yield map_tensors(partial(_with_row, row=row, factor=factor), batch), row
+
+
+def _with_row(tensor: Tensor, row: int, factor: int) -> Tensor:
+    changed = tensor.clone()
+    changed[row] = tensor[row - 1]
+    if factor == 0 or tensor.is_floating_point():
+        changed[row] *= factor
+    return changed
+
+
 def _first_meeting(
-    outputs: list[tuple[str, str, Tensor]], others: list[tuple[str, str, Tensor]]
+    outputs: list[tuple[str, str, Tensor]], others: list[tuple[str, str, Tensor]], row: int
 ) -> str:
     for (path, kind, now), (_, _, other) in zip(outputs, others):
-        if now.shape == other.shape and _moved(now, other):
+        if now.shape == other.shape and _moved(now, other, row):
             return f"in '{path}' ({kind})"
     return "outside the modules' outputs, in the forward pass or the loss function"
 
 
-def _moved(now: Tensor, other: Tensor) -> bool:
-    """Whether a row other than the changed first one differs."""
-    return relative_gap(other[1:], now[1:]) > tolerance(now.dtype) / 10
+def _moved(now: Tensor, other: Tensor, row: int) -> bool:
+    """Whether a row other than the changed one differs."""
+    others = torch.arange(len(now), device=now.device) != row
+    return relative_gap(other[others], now[others]) > tolerance(now.dtype) / 10
 
 
 def _same(now: Tensor, kept: Tensor) -> bool:

@@ -6,8 +6,8 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -41,7 +41,6 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it repeats what we say
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
     def main(config: DictConfig) -> None:
@@ -53,6 +52,7 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
         except _EXPECTED as error:  # here, before Hydra prints the overrides with the key
             _fail(error, config_name)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     try:
         main()
@@ -115,14 +115,13 @@ def _explain(error: Exception, config_name: str) -> str:
 def _unknown_key(key: str, config_name: str) -> str:
     known = _known_keys(config_name)
     parent = key.rpartition(".")[0]
-    near = difflib.get_close_matches(key, known, n=3)
+    near = [k for k in known if k.rpartition(".")[2] == key]
+    near = near or difflib.get_close_matches(key, known, n=3)
     siblings = [k for k in known if k.rpartition(".")[0] == parent and not k.endswith("_")]
     siblings = siblings or [k for k in known if "." not in k]
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return (
-        f"There is no setting '{key}'.{hint} Settings there: {', '.join(siblings)}. "
-        f"(A further argument of a component is added with +{key}=...)"
-    )
+    further = f" (A further argument of {parent} is added with +{key}=...)" if parent else ""
+    return f"There is no setting '{key}'.{hint} Settings there: {', '.join(siblings)}.{further}"
 
 
 def _known_keys(config_name: str) -> list[str]:

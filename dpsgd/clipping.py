@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,9 +41,9 @@ class Flat(Clipping):
     max_grad_norm: float
 
     def __post_init__(self) -> None:
-        """Raises ValueError unless 0 < max_grad_norm < inf."""
-        if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
-            raise ValueError(f"Expected a finite max_grad_norm > 0, got {self.max_grad_norm}.")
+        """Raises ValueError unless max_grad_norm is positive and of a size that float32 can add."""
+        if not 1e-30 <= self.max_grad_norm <= 1e30:
+            raise ValueError(f"Expected max_grad_norm in [1e-30, 1e30], got {self.max_grad_norm}.")
 
     @property
     def sensitivity(self) -> float:
@@ -56,6 +55,10 @@ class Flat(Clipping):
         return [list(names)]
 
     def __call__(self, norms: Tensor) -> Tensor:
-        """Returns min(1, C / norms), 0 where a norm is not finite, in the norms' precision."""
+        """Returns min(1, C / norms) in the norms' precision.
+
+        It is 0 where a norm is not finite, or so large that C / norm has lost its precision.
+        """
         weights = (self.max_grad_norm / norms).clamp(max=1)
-        return torch.where(torch.isfinite(norms), weights, torch.zeros_like(weights))
+        usable = torch.isfinite(norms) & (weights >= torch.finfo(weights.dtype).tiny)
+        return torch.where(usable, weights, torch.zeros_like(weights))

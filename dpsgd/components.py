@@ -56,8 +56,9 @@ def _arguments(config: DictConfig, name: str) -> dict[str, Any]:
     try:
         resolved: Any = OmegaConf.to_container(config[name], resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        key = error.full_key or name
-        raise ValueError(f"'{key}' has no default: set {key}=... ({_first_line(error)})") from error
+        missing = sorted(OmegaConf.missing_keys(config[name])) or [_first_line(error)]
+        settings = ", ".join(f"{name}.{key}" for key in missing)
+        raise ValueError(f"These settings have no default: {settings}.") from error
     if not isinstance(resolved, dict) or "_target_" not in resolved:
         raise ValueError(f"Expected '{name}' to name a component by _target_, got {resolved!r}.")
     resolved.pop("init_from", None)

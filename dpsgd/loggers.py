@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,35 +57,37 @@ class TensorBoard(Logger):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(log_dir=str(folder), max_queue=1000)
+        self._time = time.time()  # of all events alike: the time of a step tells the drawn size
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds each scalar under its name."""
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, step, walltime=self._time)
 
     def close(self) -> None:
         """Closes the writer."""
         self._writer.close()
 
 
-def public_scalars(
-    report: StepReport, expected_batch_size: float, seconds: float
-) -> dict[str, float]:
-    """Returns what may be published of a step.
-
-    The speed is averaged over the run and counts the *expected* batch size: the time of one step,
-    or the drawn size, would tell how many records were drawn.
+def speed_scalar(steps: int, expected_batch_size: float, seconds: float) -> dict[str, float]:
+    """Returns the speed averaged over the whole run, to be published once, at its end.
 
     Args:
-        report: The report after a step.
-        expected_batch_size: Of the privacy plan.
-        seconds: Time since training began.
+        steps: Steps taken.
+        expected_batch_size: Of the privacy plan; the drawn sizes are private.
+        seconds: Time that they took together.
     """
-    speed = expected_batch_size * report.step / max(seconds, 1e-9)
+    return {"speed/expected_records_per_second": expected_batch_size * steps / max(seconds, 1e-9)}
+
+
+def public_scalars(report: StepReport) -> dict[str, float]:
+    """Returns what may be published of a step.
+
+    Nothing that depends on time is among it: the time of a step tells how many records were drawn.
+    """
     return {
         "privacy/epsilon": report.epsilon,
         "optimizer/learning_rate": report.learning_rate,
-        "speed/expected_records_per_second": speed,
         **{name.replace("_", "/", 1): value for name, value in report.test.items()},
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from dpsgd import rng
 _HALF = 1024
 _BLOCK = 2 * _HALF
 _CHUNK = 64 * _BLOCK
+_NOT_COPIED = (
+    "Expected one Gaussian per run, got a copy or a pickle: it would add the same noise to another "
+    "sum, and carry the key. Make a new Gaussian()."
+)
 
 
 class Gaussian:
@@ -30,6 +35,15 @@ class Gaussian:
         self._key = rng.fresh_key() if key is None else rng.check_key(key)
         self._used_below = 0
         self._used: set[int] = set()
+
+    def __copy__(self) -> Gaussian:
+        raise ValueError(_NOT_COPIED)
+
+    def __deepcopy__(self, memo: object) -> Gaussian:
+        raise ValueError(_NOT_COPIED)
+
+    def __reduce__(self) -> str:
+        raise ValueError(_NOT_COPIED)
 
     def add_(
         self,
@@ -74,10 +88,16 @@ class Gaussian:
                 )
             if offsets is not None and offsets.get(name, -1) < 0:
                 raise ValueError(f"Expected a flat offset >= 0 for '{name}' in `offsets`.")
+        if offsets is not None:
+            spans = sorted((offsets[name], total.numel()) for name, total in sums.items())
+            if any(start + size > after for (start, size), (after, _) in pairwise(spans)):
+                raise ValueError(
+                    "Expected offsets of disjoint shards: overlapping ones share noise."
+                )
 
     def _use(self, step: int) -> None:
-        if step < 0:
-            raise ValueError(f"Expected step >= 0, got {step}.")
+        if not isinstance(step, int) or not 0 <= step < 2**63:
+            raise ValueError(f"Expected a whole step in [0, 2^63), got {step!r}.")
         if step < self._used_below or step in self._used:
             raise ValueError(
                 f"The noise of step {step} has been used. Expected a new step for each release: "

@@ -41,6 +41,8 @@ class PrivacyPlan:
                 f"Expected a finite noise_multiplier > 0, got {self.noise_multiplier}. Without "
                 "noise there is no privacy."
             )
+        if self.expected_batch_size is None:
+            raise ValueError("Expected a declared public size of the data, got None.")
         if self.sample_rate == 0 or self.expected_batch_size <= 0:
             raise ValueError("Expected sample_rate > 0 and expected_batch_size > 0.")
         public_size = self.expected_batch_size / self.sample_rate

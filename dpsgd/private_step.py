@@ -132,6 +132,13 @@ class PrivateStep:
         Without a sample (an empty Poisson draw) it releases noise alone, as it must.
         """
         parameters = self.engine.parameters
+        if self._sums and self._sums.keys() != parameters.keys():
+            self.discard()
+            raise ValueError(
+                "Expected the same trainable parameters from accumulate() to release(), but some "
+                "were frozen or unfrozen in between. The step's sums are discarded; no "
+                "noise was spent."
+            )
         sums = self._sums or {
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for name, p in parameters.items()
@@ -139,6 +146,7 @@ class PrivateStep:
         self._sums = {}
         step, self.step = self.step, self.step + 1
         self.noise.add_(sums, self.noise_multiplier * self.clipping.sensitivity, step)
+        self.optimizer.zero_grad(set_to_none=True)  # no gradient but the private ones is stepped
         for name, p in parameters.items():
             p.grad = sums[name].div_(self.expected_batch_size).to(p.dtype)
         self.optimizer.step()
@@ -161,10 +169,10 @@ def _column(mask: Tensor, weights: Tensor) -> Tensor:
 def _check_optimizer(optimizer: Any, engine: Engine) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"Expected a torch.optim optimizer, got {type(optimizer).__name__}.")
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
         raise ValueError(
-            "Expected an optimizer that takes one gradient per step, got LBFGS, which evaluates "
-            "the loss again. Use SGD or Adam."
+            "Expected an optimizer that takes one dense gradient per step, got "
+            f"{type(optimizer).__name__}. Use SGD or Adam."
         )
     parameters = engine.parameters
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -23,6 +23,7 @@ def final_report(
     steps_taken: int,
     test: Mapping[str, float],
     seconds: float,
+    interrupted: bool,
     not_private: list[str],
 ) -> dict[str, Any]:
     """Returns the guarantee, the result and the circumstances of a run.
@@ -34,6 +35,7 @@ def final_report(
         steps_taken: Releases made.
         test: Results on the test set.
         seconds: Training time.
+        interrupted: Whether training ended before the plan did.
         not_private: Reasons why the run gives no guarantee, empty if it does.
     """
     return {
@@ -49,6 +51,7 @@ def final_report(
         "expected_batch_size": plan.expected_batch_size,
         "steps": steps_taken,
         "planned_steps": plan.num_steps,
+        "interrupted": interrupted,
         "test": dict(test),
         "engine": type(engine).__name__,
         "parameters": sum(p.numel() for p in engine.parameters.values()),
@@ -60,9 +63,10 @@ def final_report(
 
 def summary(report: Mapping[str, Any], where: str) -> RenderableType:
     """Returns the report as a table for the terminal, under a banner if it is not private."""
-    table = Table(title="dpsgd: training finished", show_header=False, title_justify="left")
+    ended = "interrupted" if report["interrupted"] else "finished"
+    table = Table(title=f"dpsgd: training {ended}", show_header=False, title_justify="left")
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in report["test"].items():
         shown = f"{value:.1%}" if name.endswith("accuracy") else f"{value:.4f}"
         table.add_row(name.replace("_", " "), shown)

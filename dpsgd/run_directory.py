@@ -81,6 +81,7 @@ class RunDirectory:
         from safetensors.torch import save_model
 
         save_model(model, str(self.path / MODEL))
+        (self.path / MODEL).chmod((self.path / CONFIG).stat().st_mode & 0o666)
 
     def save_report(self, report: Mapping[str, Any]) -> None:
         """Writes report.json."""

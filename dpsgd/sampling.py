@@ -56,6 +56,9 @@ class Poisson:
         elif self.public_size is not None:
             object.__setattr__(self, "expected_batch_size", self.sample_rate * self.public_size)
 
+    def __reduce__(self) -> str:
+        raise ValueError("Expected a sampler to stay in its process: a pickle would hold its key.")
+
     def _derive_rate(self) -> None:
         expected, size = self.expected_batch_size, self.public_size
         if size is None:

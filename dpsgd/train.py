@@ -22,7 +22,14 @@ from dpsgd import checks, cli, rng
 from dpsgd.components import build
 from dpsgd.config import fixed_key, placement, redacted
 from dpsgd.data import Dataset
-from dpsgd.loggers import JsonLines, Logger, TensorBoard, private_scalars, public_scalars
+from dpsgd.loggers import (
+    JsonLines,
+    Logger,
+    TensorBoard,
+    private_scalars,
+    public_scalars,
+    speed_scalar,
+)
 from dpsgd.plan import PrivacyPlan, steps_for
 from dpsgd.private_step import PrivateStep
 from dpsgd.report import banner, final_report, summary
@@ -68,8 +75,6 @@ def _prepare(config: DictConfig, key: bytes) -> Trainer:
     place = placement(config)
     seed_everything(config.seed)
     parts = build(config)
-    sampler = parts["sampler"](key=rng.derive(key, "sampler"))
-    plan = _plan(config, sampler)
     data = parts["data"]
     if not isinstance(data, Dataset):
         raise ValueError(f"Expected data to be a dpsgd.data.Dataset, got {type(data).__name__}.")
@@ -77,6 +82,9 @@ def _prepare(config: DictConfig, key: bytes) -> Trainer:
     if config.model.init_from is not None:
         load_weights(model, config.model.init_from)
     engine = parts["engine"](model, parts["loss"])
+    checks.preflight(engine, place.batch(checks.synthetic_batch(data, 4)))
+    sampler = parts["sampler"](key=rng.derive(key, "sampler"))
+    plan = _plan(config, sampler)
     step = PrivateStep(
         engine,
         parts["optimizer"](list(engine.parameters.values())),
@@ -85,7 +93,6 @@ def _prepare(config: DictConfig, key: bytes) -> Trainer:
         noise_multiplier=plan.noise_multiplier,
         expected_batch_size=plan.expected_batch_size,
     )
-    checks.preflight(engine, place.batch(checks.synthetic_batch(data, 4)))
     return Trainer(
         step,
         sampler,
@@ -120,6 +127,8 @@ def _train(
     not_private: list[str],
 ) -> dict[str, Any]:
     """Runs the trainer to its end or to Ctrl-C; saves the model either way."""
+    with console.status("accounting: epsilon of every step"):
+        trainer.plan.epsilon(1)
     start = time.perf_counter()
     test: dict[str, float] = {}
     public, private = _loggers(run, config)
@@ -129,27 +138,28 @@ def _train(
         try:
             for report in trainer.run():
                 test.update(report.test)
-                seconds = time.perf_counter() - start
-                scalars = public_scalars(report, trainer.plan.expected_batch_size, seconds)
                 for logger in public:
-                    logger.log(report.step, scalars)
+                    logger.log(report.step, public_scalars(report))
                 for logger in private:
                     logger.log(report.step, private_scalars(report))
                 progress.update(task, completed=report.step, status=_status(report, test))
         except KeyboardInterrupt:
             interrupted = True
+        steps, seconds = trainer.step.step, time.perf_counter() - start
+        for logger in public:
+            logger.log(steps, speed_scalar(steps, trainer.plan.expected_batch_size, seconds))
     for logger in private:
         logger.close()
     final = final_report(
         trainer.plan,
         trainer.step.engine,
         max_grad_norm=trainer.step.clipping.sensitivity,
-        steps_taken=trainer.step.step,
+        steps_taken=steps,
         test=test,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
+        interrupted=interrupted,
         not_private=not_private,
     )
-    final["interrupted"] = interrupted
     run.save_model(trainer.step.engine.model)
     run.save_report(final)
     return final
@@ -169,7 +179,7 @@ def _loggers(run: RunDirectory, config: DictConfig) -> tuple[list[Logger], list[
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("[bold]{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]}"),
         TimeElapsedColumn(),
@@ -179,7 +189,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _status(report: StepReport, test: dict[str, float]) -> str:
-    accuracy = f"  test accuracy {test['test_accuracy']:.1%}" if "test_accuracy" in test else ""
+    accuracy = f", accuracy {test['test_accuracy']:.1%}" if "test_accuracy" in test else ""
     return f"epsilon <= {report.epsilon:.2f}{accuracy}"
 
 

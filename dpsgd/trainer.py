@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +71,11 @@ class Trainer:
     ) -> None:
         if physical_batch_size < 1:
             raise ValueError(f"Expected physical_batch_size >= 1, got {physical_batch_size}.")
+        if not isinstance(sampler, Poisson):
+            raise ValueError(
+                f"Expected a Poisson sampler, which is what the plan accounts for, got "
+                f"{type(sampler).__name__}."
+            )
         if evaluate_every < 1:
             raise ValueError(f"Expected evaluate_every >= 1, got {evaluate_every}.")
         if not step.engine.model.training:
@@ -88,14 +94,15 @@ class Trainer:
         Leaving the loop early, by an exception or Ctrl-C, discards the unfinished step.
         """
         try:
-            for number in range(self.step.step, self.plan.num_steps):
-                private = self._take(number)
-                yield self._report(number + 1, private)
+            while self.step.step < self.plan.num_steps:  # whoever else releases is counted too
+                private = self._take(self.step.step)
+                yield self._report(self.step.step, private)
         finally:
             self.step.discard()
 
     def _take(self, number: int) -> Mapping[str, float]:
         drawn = self.sampler.sample(number, len(self.data))
+        assert not len(drawn) or bool((drawn.diff() > 0).all()), "a record was drawn twice"
         place = Placement.of(self.step.engine.model)
         contributions = [
             self.step.accumulate(place.batch(batch), mask.to(place.device))
@@ -105,7 +112,8 @@ class Trainer:
         return _diagnostics(contributions, len(drawn))
 
     def _physical_batches(self, drawn: Tensor) -> Iterator[tuple[Batch, Tensor]]:
-        size = self.physical_batch_size
+        public_size = self.plan.expected_batch_size / self.plan.sample_rate
+        size = min(self.physical_batch_size, math.ceil(public_size))
         for part in drawn.split(size) if len(drawn) else ():
             batch = self.data.take(part)
             missing = size - len(part)

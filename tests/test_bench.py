@@ -149,7 +149,7 @@ def test_a_mistake_in_the_memory_process_is_shown():
         ("bench.warmup=0", "warmup >= 1, got 0"),
         ("bench.batch_size=many", "Wrong setting bench.batch_size"),
         ("privacy.noise_multiplier=-1", "noise_multiplier >= 0, got -1"),
-        ("optimizer._target_=torch.optim.LBFGS", "one gradient per step, got LBFGS"),
+        ("optimizer._target_=torch.optim.LBFGS", "one dense gradient per step"),
         ("loss=mse", "one output per target"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,4 +161,6 @@ def _library() -> ModuleType:
             "Expected the datasets library, got an environment without it. "
             "Install it with: pip install 'dpsgd[hf]'."
         ) from error
+    datasets.disable_progress_bars()  # they tell how many records there are
+    datasets.logging.set_verbosity(logging.CRITICAL)
     return datasets

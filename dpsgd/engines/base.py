@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -32,6 +33,12 @@ class Engine(ABC):
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"Expected an nn.Module as model, got {type(model).__name__}.")
+        if isinstance(loss_fn, nn.modules.loss._Loss):
+            raise ValueError(
+                f"Expected a function loss_fn(model, batch) -> losses [B], got {loss_fn}. Write "
+                "for example `lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], "
+                "reduction='none')`, or take one of dpsgd.losses."
+            )
         if not callable(loss_fn):
             raise ValueError(f"Expected loss_fn(model, batch), got {type(loss_fn).__name__}.")
         self.model = model
@@ -59,16 +66,19 @@ class Engine(ABC):
             ValueError: If the batch's tensors disagree in B, the loss is not one number per sample,
                 or the engine cannot handle the model exactly; it never guesses.
         """
-        self._end_latest()
-        parameters = self.parameters
-        size = size_of(batch)
-        if size == 0:
-            grads: PerSampleGrads = _nothing(parameters)
-        else:
-            with torch.enable_grad():
-                grads = self._compute(map_tensors(Tensor.detach, batch), size, parameters)
-        self._latest = weakref.ref(grads)
-        return grads
+        with _lock_of(self.model), torch.inference_mode(False), torch.enable_grad():
+            self._end_latest()
+            parameters = self.parameters
+            size = size_of(batch)
+            if size == 0:
+                grads: PerSampleGrads = _nothing(parameters)
+            else:
+                grads = self._compute(map_tensors(_without_history, batch), size, parameters)
+            self._latest = weakref.ref(grads)
+            return grads
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__})"
 
     @abstractmethod
     def _compute(
@@ -83,6 +93,33 @@ class Engine(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_latest": None}
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def _lock_of(model: nn.Module) -> Any:
+    """One lock per model: engines put hooks on it or swap its parameters while they run."""
+    return _LOCKS.setdefault(model, threading.RLock())
+
+
+def _without_history(tensor: Tensor) -> Tensor:
+    """The tensor outside of any graph; what inference mode made can enter one only as a copy."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def check_no_parameter_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises for tensor hooks on parameters, which only autograd's own gradients pass through.
+
+    Raises:
+        ValueError: If a parameter has a hook.
+    """
+    hooked = [name for name, p in parameters.items() if p._backward_hooks]
+    if hooked:
+        raise ValueError(
+            f"Expected parameters without tensor hooks, but {hooked} have some, which would not "
+            "see per-sample gradients. Remove them, or use engine=loop."
+        )
 
 
 def _nothing(parameters: Mapping[str, nn.Parameter]) -> DenseGrads:

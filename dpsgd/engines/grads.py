@@ -29,6 +29,9 @@ class PerSampleGrads(ABC):
         self._size = size
         self._expired = False
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(samples={self._size}, parameters={len(self._shapes)})"
+
     @property
     def losses(self) -> Tensor:
         """Per-sample losses [B], detached. Sensitive."""
@@ -144,6 +147,8 @@ class PerSampleGrads(ABC):
                 f"Expected weights [{self._size}] or {list(norms.shape)} ({len(listed)} group(s)), "
                 f"got {list(weights.shape)}."
             )
+        if weights.is_complex():
+            raise ValueError(f"Expected real weights, got {weights.dtype}.")
         if not torch.isfinite(weights).all():
             raise ValueError("Expected finite weights, got NaN or infinity among them.")
         if ((weights != 0) & ~torch.isfinite(norms)).any():
@@ -226,6 +231,12 @@ def weighted_rows(weights: Tensor, grads: Tensor, usable: Tensor | None = None) 
 
 
 def _check_out(out: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    wrong = [name for name, shape in shapes.items() if name not in out or out[name].shape != shape]
+    wrong = [
+        name
+        for name, shape in shapes.items()
+        if name not in out or out[name].shape != shape or not out[name].is_floating_point()
+    ]
     if wrong:
-        raise ValueError(f"Expected `out` to hold a tensor of the parameter's shape for {wrong}.")
+        raise ValueError(
+            f"Expected `out` to hold a floating tensor of the parameter's shape for {wrong}."
+        )

@@ -24,6 +24,26 @@ class Region:
     parameters: Collection[int]
 
 
+def check_no_reentrant_checkpoint(losses: Tensor) -> None:
+    """Raises if the graph passes a reentrant checkpoint, behind which `autograd.grad` sees nothing.
+
+    Raises:
+        ValueError: Naming the other kind of checkpoint.
+    """
+    stack, seen = [losses.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "Expected torch.utils.checkpoint with use_reentrant=False, got a reentrant one, "
+                "which hides its parameters from torch.autograd.grad."
+            )
+        stack.extend(child for child, _ in node.next_functions)
+
+
 def uncaptured(losses: Tensor, regions: Collection[Region], names: Mapping[int, str]) -> list[str]:
     """Returns the names of the parameters that the losses use outside the captured regions.
 

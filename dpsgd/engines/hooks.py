@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpsgd import rules
-from dpsgd.engines.base import Engine, LossFn
+from dpsgd.engines.base import Engine, LossFn, check_no_parameter_hooks
 from dpsgd.engines.batch import Batch, check_losses
 from dpsgd.engines.grads import DenseGrads
-from dpsgd.engines.graph import Region, uncaptured
-from dpsgd.engines.probe import SizeProbe
+from dpsgd.engines.graph import Region, check_no_reentrant_checkpoint, uncaptured
+from dpsgd.engines.probe import SizeProbe, check_combination
 
 
 class Hooks(Engine):
@@ -29,7 +29,9 @@ class Hooks(Engine):
     layers called several times and tied weights are exact. (The older form, full backward hooks,
     fails on in-place activations.)
 
-    Every layer must see the samples in its first dimension.
+    Every layer must see the samples in its first dimension, in the order of the batch. That is
+    checked once per batch signature; an order that depends on the data (sorting by length) can slip
+    through a check, so use another engine for it.
 
     Raises:
         ValueError: At the first call, if trainable parameters lack a rule (all are listed), a layer
@@ -43,10 +45,21 @@ class Hooks(Engine):
     def _compute(
         self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
     ) -> DenseGrads:
+        check_no_parameter_hooks(parameters)
+        self._probe(self.model, batch, size, partial(self._check, parameters=parameters))
+        return self._gradients(batch, size, parameters)
+
+    def _check(self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Raises unless a random combination of the gradients is what autograd says it is."""
+        check_combination(self, self._gradients, batch, size, parameters)
+
+    def _gradients(
+        self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
+    ) -> DenseGrads:
         names = {id(p): name for name, p in parameters.items()}
         layers = _layers(self.model, names)
-        self._probe(self.model, batch, size, partial(_forward, self, layers))
         losses, calls = _forward(self, layers, batch, size)
+        check_no_reentrant_checkpoint(losses)
         _check_captured(losses, calls, names)
         grads: dict[str, Tensor] = {}
         for call, g in zip(calls, _output_gradients(losses, calls), strict=True):
@@ -74,6 +87,7 @@ class Call:
     layer: Layer
     inputs: rules.Inputs
     versions: Mapping[str, int]
+    settings: Mapping[str, Any]
     output: GradientEdge
     region: Region
 
@@ -147,8 +161,17 @@ def _record(
     )
     kept = {name: value.detach() for name, value in tensors.items()}
     versions = {name: value._version for name, value in tensors.items()}
-    calls.append(Call(layer, kept, versions, get_gradient_edge(alias), region))
+    edge = get_gradient_edge(alias)
+    calls.append(Call(layer, kept, versions, _settings(module), edge, region))
     return alias
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a layer that its rules read; its mode where that matters."""
+    own = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+    if "track_running_stats" not in own:
+        own.pop("training", None)
+    return own
 
 
 def _check_samples_first(
@@ -206,6 +229,11 @@ def _per_sample(call: Call, g: Tensor, names: Mapping[int, str]) -> Iterator[tup
             "it. Replace the in-place operation, or use engine=vmap or engine=loop."
         )
     module = call.layer.module
+    if _settings(module) != call.settings:
+        raise ValueError(
+            f"The settings of '{call.layer.path}' changed after it was used (dilation, eps, "
+            "mode?). Use a layer for each setting, or engine=vmap or engine=loop."
+        )
     with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
         for own_name, rule in call.layer.rules.items():
             p = getattr(module, own_name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dpsgd.engines.base import Engine
 from dpsgd.engines.batch import Batch, check_losses, map_tensors
 from dpsgd.engines.grads import DenseGrads
+from dpsgd.engines.graph import check_no_reentrant_checkpoint
 
 
 class Loop(Engine):
@@ -26,6 +27,8 @@ class Loop(Engine):
         for i in range(size):
             sample = map_tensors(itemgetter(slice(i, i + 1)), batch)
             loss = check_losses(self.loss_fn(self.model, sample), 1)[0]
+            if i == 0:
+                check_no_reentrant_checkpoint(loss)
             losses.append(loss.detach())
             rows.append(gradients(loss, list(parameters.values())))
         stacked = (torch.stack(column) for column in zip(*rows, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -21,6 +22,7 @@ def attached(model: nn.Module, mode: Mode) -> Iterator[Any]:
     """
     keys = [(owner, set(vars(owner))) for owner in (*model.modules(), *model.parameters())]
     grads = [(p, p.grad) for p in model.parameters()]
+    owned = [(module, dict(module._parameters)) for module in model.modules()]
     attachment: Any = None
     for p, _ in grads:
         p.grad = None
@@ -31,6 +33,8 @@ def attached(model: nn.Module, mode: Mode) -> Iterator[Any]:
     finally:
         if attachment is not None:
             attachment.cleanup()
+        for module, parameters in owned:  # ExpandedWeights may leave its own in their place
+            module._parameters.update(parameters)
         for p, grad in grads:
             p.grad = grad
         for owner, before in keys:
@@ -39,6 +43,7 @@ def attached(model: nn.Module, mode: Mode) -> Iterator[Any]:
 
 
 def _attach(model: nn.Module, mode: Mode) -> Any:
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
     from opacus.grad_sample import GradSampleModuleExpandedWeights
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
     from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
@@ -77,7 +82,8 @@ def named_errors(mode: Mode) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        reason = str(error).split(". ")[0].splitlines()[0].rstrip(".")[:200]
         raise ValueError(
-            f"Opacus (mode={mode}) cannot run this model: {type(error).__name__}: {error}. "
+            f"Opacus (mode={mode}) cannot run this model: {type(error).__name__}: {reason}. "
             "Use engine=vmap or engine=loop."
         ) from error

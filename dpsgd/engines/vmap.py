@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from dpsgd.engines.base import Engine, LossFn
+from dpsgd.engines.base import Engine, LossFn, check_no_parameter_hooks
 from dpsgd.engines.batch import Batch, check_losses, map_tensors
 from dpsgd.engines.grads import DenseGrads
 
@@ -45,7 +45,8 @@ class Vmap(Engine):
     def _compute(
         self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
     ) -> DenseGrads:
-        detached = {f"model.{name}": p.detach() for name, p in parameters.items()}
+        check_no_parameter_hooks(parameters)
+        detached = {name: p.detach() for name, p in parameters.items()}
         try:
             grads, losses = self._function(detached, batch)
         except torch.OutOfMemoryError:
@@ -53,9 +54,15 @@ class Vmap(Engine):
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
                 f"torch.func.vmap cannot run this model: {error} "
-                "Use engine=loop, which runs anything, or engine=hooks."
+                "Use engine=loop, which needs nothing of it but autograd."
             ) from error
-        return DenseGrads(losses, {name: grads[f"model.{name}"] for name in parameters})
+        if losses.requires_grad:
+            raise ValueError(
+                "The losses depend on a trainable tensor other than by the attribute of the module "
+                "that owns it (kept in a list, a tuple or a closure?), where torch.func does not "
+                "see it. Reach it through its module, or use engine=loop."
+            )
+        return DenseGrads(losses, {name: grads[name] for name in parameters})
 
     def __getstate__(self) -> dict[str, object]:
         state = super().__getstate__()
@@ -84,6 +91,21 @@ class _Objective(nn.Module):
         return check_losses(self.loss_fn(self.model, batch), 1)[0]
 
 
+def _at_every_place(objective: _Objective, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values under one name for each (module, attribute) that holds their parameter.
+
+    A tied parameter has several places. A module registered under several names is one place:
+    swapped twice, it would not get its own parameter back.
+    """
+    owners = {id(objective.model.get_parameter(name)): name for name in values}
+    return {
+        f"{path}.{attribute}": values[owners[id(p)]]
+        for path, module in objective.named_modules()
+        for attribute, p in module.named_parameters(recurse=False)
+        if id(p) in owners
+    }
+
+
 def _per_sample_function(
     model: nn.Module, loss_fn: LossFn, chunk_size: int | None
 ) -> Callable[[dict[str, Tensor], Batch], tuple[dict[str, Tensor], Tensor]]:
@@ -91,7 +113,8 @@ def _per_sample_function(
 
     def loss_of_one(parameters: dict[str, Tensor], sample: Batch) -> Tensor:
         batch_of_one = map_tensors(lambda tensor: tensor.unsqueeze(0), sample)
-        return functional_call(objective, parameters, (batch_of_one,))
+        swapped = _at_every_place(objective, parameters)
+        return functional_call(objective, swapped, (batch_of_one,), tie_weights=False)
 
     return vmap(
         grad_and_value(loss_of_one),

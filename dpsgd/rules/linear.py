@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -30,4 +32,4 @@ def bilinear_weight(module: nn.Bilinear, inputs: Inputs, g: Tensor) -> Tensor:
 
 def positions(x: Tensor) -> Tensor:
     """Returns [B, ..., d] as [B, T, d]."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
