@@ -41,8 +41,6 @@ class PrivacyPlan:
                 f"Expected a finite noise_multiplier > 0, got {self.noise_multiplier}. Without "
                 "noise there is no privacy."
             )
-        if self.expected_batch_size is None:
-            raise ValueError("Expected a declared public size of the data, got None.")
         if self.sample_rate == 0 or self.expected_batch_size <= 0:
             raise ValueError("Expected sample_rate > 0 and expected_batch_size > 0.")
         public_size = self.expected_batch_size / self.sample_rate
@@ -51,7 +49,12 @@ class PrivacyPlan:
                 f"Expected delta < 1 / public size = {1 / public_size:.3g}, got {self.delta}: a "
                 "mechanism that publishes a random record would pass for private."
             )
-        self.epsilon_bound()
+        if math.isinf(self.epsilon_bound()):
+            raise ValueError(
+                f"Expected a plan with a finite epsilon, but noise_multiplier="
+                f"{self.noise_multiplier} at delta={self.delta} gives an infinite one. Raise "
+                "the noise."
+            )
 
     @classmethod
     def make(

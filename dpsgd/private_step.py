@@ -63,6 +63,9 @@ class PrivateStep:
         noise_multiplier: float,
         expected_batch_size: float,
     ) -> None:
+        for part, kind in ((engine, Engine), (clipping, Clipping), (noise, Gaussian)):
+            if not isinstance(part, kind):
+                raise ValueError(f"Expected a {kind.__name__}, got {type(part).__name__}.")
         if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
             raise ValueError(f"Expected a finite noise_multiplier >= 0, got {noise_multiplier}.")
         if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):

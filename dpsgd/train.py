@@ -34,6 +34,7 @@ from dpsgd.plan import PrivacyPlan, steps_for
 from dpsgd.private_step import PrivateStep
 from dpsgd.report import banner, final_report, summary
 from dpsgd.run_directory import METRICS, RunDirectory, load_weights
+from dpsgd.sampling import Poisson
 from dpsgd.seeding import seed_everything
 from dpsgd.trainer import StepReport, Trainer
 
@@ -84,6 +85,8 @@ def _prepare(config: DictConfig, key: bytes) -> Trainer:
     engine = parts["engine"](model, parts["loss"])
     checks.preflight(engine, place.batch(checks.synthetic_batch(data, 4)))
     sampler = parts["sampler"](key=rng.derive(key, "sampler"))
+    if not isinstance(sampler, Poisson):
+        raise ValueError(f"Expected a Poisson sampler, got {type(sampler).__name__}.")
     plan = _plan(config, sampler)
     step = PrivateStep(
         engine,
@@ -103,10 +106,13 @@ def _prepare(config: DictConfig, key: bytes) -> Trainer:
     )
 
 
-def _plan(config: DictConfig, sampler: Any) -> PrivacyPlan:
+def _plan(config: DictConfig, sampler: Poisson) -> PrivacyPlan:
     num_steps, epochs = config.trainer.num_steps, config.trainer.epochs
     if (num_steps is None) == (epochs is None):
         raise ValueError("Expected either trainer.num_steps or trainer.epochs.")
+    assert sampler.sample_rate is not None
+    if sampler.expected_batch_size is None:
+        raise ValueError("Expected a declared public size of the data, got none.")
     return PrivacyPlan.make(
         sample_rate=sampler.sample_rate,
         expected_batch_size=sampler.expected_batch_size,

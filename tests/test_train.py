@@ -266,6 +266,12 @@ def test_tensors_of_the_users_own_without_a_test_set(tmp_path):
         (["model=lstm", "engine=hooks"], "No rule for these trainable parameters"),
         (["model.init_from=no.safetensors"], "no.safetensors"),
         (["trainer.physical_batch_size=0"], "physical_batch_size"),
+        (["sampler.public_size=null"], "public size"),
+        (["privacy.noise_multiplier=1e-9"], "epsilon"),
+        (["clipping.max_grad_norm=1e39"], "max_grad_norm"),
+        (["sampler._target_=torch.nn.Identity"], "Identity"),
+        (["optimizer._target_=torch.optim.SparseAdam"], "SparseAdam"),
+        (["lr=0.1"], "Did you mean optimizer.lr"),
         (["privacy.target_delta=0.001"], "delta < 1 / public size"),
         (["model._target_=torch.nn.Identity"], "Move the classes"),
         (["model=linear", "loss=mse"], "one output per target"),
@@ -293,7 +299,8 @@ def test_an_error_does_not_show_the_key(tmp_path):
     assert key not in done.stdout + done.stderr
 
 
-def test_ctrl_c_saves_the_model_and_destroys_the_key(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_the_model_and_destroys_the_key(sent, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "dpsgd.train", "run.dir=r", "trainer.num_steps=5000", "model=linear",
          "accountant=rdp"],
@@ -305,7 +312,7 @@ def test_ctrl_c_saves_the_model_and_destroys_the_key(tmp_path):
         time.sleep(0.1)
     assert (tmp_path / "r" / "private" / "key").exists()
     assert stat.S_IMODE((tmp_path / "r" / "private" / "key").stat().st_mode) == 0o600
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
@@ -315,6 +322,7 @@ def test_ctrl_c_saves_the_model_and_destroys_the_key(tmp_path):
     assert report["epsilon"] < 3
     assert not (tmp_path / "r" / "private" / "key").exists()
     assert f"{report['steps']} of 5000" in out
+    assert "training interrupted" in out
 
 
 def test_load_run_keeps_the_dtype(tmp_path):
