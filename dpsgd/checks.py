@@ -78,7 +78,7 @@ def check_runs(model: nn.Module, loss_fn: LossFn, batch: Batch) -> None:
         except ValueError:
             raise
         except Exception as error:
-            shapes = [list(shape) for shape, _ in signature_of(batch)]
+            shapes = [[size, *shape] for shape, _ in signature_of(batch)]
             raise ValueError(
                 f"Expected model and loss to run on a batch of shapes {shapes}, got "
                 f"{type(error).__name__}: {error}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import worlds
 
-from dpsgd import engines
+from dpsgd import checks, engines
 from dpsgd.plan import PrivacyPlan, steps_for
 from dpsgd.trainer import Trainer
 
@@ -148,3 +148,21 @@ def test_a_plan_made_for_a_target_does_not_exceed_it():
     )
     assert 1.99 < plan.epsilon_bound() <= 2.0
     assert plan.epsilon(20) == plan.epsilon_bound()
+
+
+@pytest.mark.parametrize("engine", [engines.Hooks, engines.Opacus])
+def test_engines_probe_synthetic_records_only(engine):
+    """A refusal that depended on a private record would leak it."""
+    trainer, _ = worlds.trainer(worlds.vectors, engine, torch.float32, steps=2)
+    seen = []
+    plain = trainer.step.engine.loss_fn
+
+    def loss(model, batch):
+        seen.append(len(batch[0]))
+        return plain(model, batch)
+
+    trainer.step.engine.loss_fn = loss
+    checks.preflight(trainer.step.engine, checks.synthetic_batch(trainer.data, 4))
+    seen.clear()
+    list(trainer.run())
+    assert set(seen) == {trainer.physical_batch_size}

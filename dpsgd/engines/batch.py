@@ -51,8 +51,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 
 def signature_of(batch: Batch) -> Signature:
-    """Returns what is public about a batch: the shapes and dtypes of its tensors."""
-    return tuple((tuple(leaf.shape), leaf.dtype) for leaf in pytree.tree_leaves(batch))
+    """Returns the shape and dtype of one sample's tensors: what is public about a batch."""
+    return tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in pytree.tree_leaves(batch))
 
 
 def check_losses(losses: object, size: int) -> Tensor:

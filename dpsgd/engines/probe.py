@@ -100,11 +100,12 @@ def _close(actual: Tensor, reference: Tensor) -> bool:
 
 
 class SizeProbe:
-    """Runs a model once per batch signature at *another* batch size.
+    """Runs a model once per signature of its samples, on a few rows: at *another* batch size.
 
     A dimension belongs to the samples if and only if it changes with the batch size. Without the
     probe, a layer fed with [T] position ids or time-major data [T, B, ...] would be mistaken for a
-    batch whenever T = B. Only shapes decide, so a refusal says nothing about the records.
+    batch whenever T = B. The trainer's preflight brings the signature along with synthetic records,
+    so that no private record is ever probed.
     """
 
     def __init__(self) -> None:
