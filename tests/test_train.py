@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,7 @@ def test_an_interrupt_saves_the_model_and_destroys_the_key(sent, tmp_path):
         [sys.executable, "-m", "dpsgd.train", "run.dir=r", "trainer.num_steps=5000", "model=linear",
          "accountant=rdp"],
         cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # not ignored
     )  # fmt: skip
     metrics = tmp_path / "r" / "metrics.jsonl"
     deadline = time.monotonic() + 60
