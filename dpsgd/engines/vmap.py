@@ -101,7 +101,7 @@ def _at_every_place(objective: _Objective, values: Mapping[str, Tensor]) -> dict
     return {
         f"{path}.{attribute}": values[owners[id(p)]]
         for path, module in objective.named_modules()
-        for attribute, p in module.named_parameters(recurse=False)
+        for attribute, p in module.named_parameters(recurse=False, remove_duplicate=False)
         if id(p) in owners
     }
 

@@ -135,6 +135,23 @@ def test_a_parameter_reached_by_reference_is_noticed():
             engine(Reference().double(), squares)(batch(4, 3))
 
 
+def test_one_parameter_under_several_names_of_its_modules():
+    class Names(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 3, bias=False)
+            self.first.again = self.first.weight
+            self.second = nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(self.first(x)) @ self.first.again
+
+    model = Names().double()
+    agree(model, engines.Vmap, batch(4, 3))
+    assert model.first.again is model.first.weight is model.second.weight
+
+
 def test_settings_that_change_during_the_forward_are_noticed():
     class Changing(nn.Module):
         def __init__(self):
