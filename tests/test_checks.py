@@ -168,3 +168,36 @@ def test_a_batch_of_one_tells_nothing():
     for check in (checks.check_independence, assert_engines_agree):
         with pytest.raises(ValueError, match="at least 2"):
             check(nn.Linear(4, 3), squares, batch(1, 4))
+
+
+class SeparateAttention(nn.Module):
+    """The bias of the keys has a gradient that is zero but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        return ((self.q(x) @ self.k(x).transpose(1, 2) / 4).softmax(-1) @ self.v(x)).mean(1)
+
+
+@pytest.mark.parametrize("engine", [engines.Hooks, engines.Vmap])
+def test_gradients_that_are_zero_but_for_rounding_are_no_disagreement(engine):
+    checks.preflight(engine(SeparateAttention(), squares), batch(4, 5, 16))
+
+
+def test_a_buffer_that_is_reassigned_is_noticed_and_put_back():
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            return self.layer(x)
+
+    model = Average()
+    with pytest.raises(ValueError, match="mean"):
+        checks.check_unchanged_state(model, squares, batch(4, 3))
+    assert not model.mean.any()

@@ -60,12 +60,15 @@ def check_combination(
     weights = torch.linspace(0.5, 1.5, size, dtype=torch.float64)[torch.randperm(size)]
     weights = weights.to(device=losses.device, dtype=losses.dtype)
     expected = plain_gradients((losses * weights).sum(), parameters)
+    everything = torch.stack([g.double().norm() for g in expected.values()]).norm()
     for name, reference in expected.items():
         total = torch.tensordot(weights.to(dense[name].dtype), dense[name], 1)
         own = dense[name].flatten(1).double().norm(dim=1)
         norm = squares[name].sqrt().to(reference.dtype)
         known = torch.isfinite(norm)  # what is not gets weight 0
-        if not (_close(total.to(reference.dtype), reference) and _close(norm[known], own[known])):
+        total = total.to(reference.dtype)
+        slack = everything * 0.01
+        if not (_close(total, reference, slack) and _close(norm[known], own[known], slack)):
             raise ValueError(
                 f"{engine!r} gives wrong per-sample gradients for '{name}': they do not agree with "
                 "autograd's (a weight used outside its own module, samples in another order?). Use "
@@ -90,13 +93,13 @@ def plain_gradients(
     return dict(zip(parameters, dense, strict=True))
 
 
-def _close(actual: Tensor, reference: Tensor) -> bool:
+def _close(actual: Tensor, reference: Tensor, slack: Tensor) -> bool:
     """Whether two tensors agree but for rounding; an infinite or NaN reference tells nothing."""
     if not torch.isfinite(reference).all():
         return True
     tolerance = 0.1 if torch.finfo(actual.dtype).bits < 32 else 1e-3
     gap = (actual.double() - reference.double()).norm()
-    return bool(gap <= tolerance * reference.double().norm() + 1e-6)
+    return bool(gap <= tolerance * (reference.double().norm() + slack.nan_to_num()))
 
 
 class SizeProbe:
@@ -109,7 +112,7 @@ class SizeProbe:
     """
 
     def __init__(self) -> None:
-        self._seen: set[tuple[bool, Signature]] = set()
+        self._seen: set[tuple[tuple[bool, ...], frozenset[str], Signature]] = set()
 
     def __call__(
         self, model: nn.Module, batch: Batch, size: int, run: Callable[[Batch, int], object]
@@ -118,7 +121,9 @@ class SizeProbe:
 
         Random states and buffers are restored afterwards.
         """
-        signature = (model.training, signature_of(batch))
+        modes = tuple(module.training for module in model.modules())
+        trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        signature = (modes, trainable, signature_of(batch))
         if signature in self._seen:
             return
         other = 5 if size == 4 else 4
@@ -138,4 +143,5 @@ class SizeProbe:
             finally:
                 for buffer, kept in buffers:
                     buffer.copy_(kept)
-        self._seen.add(signature)
+        if size > 1:  # equal rows, all that one sample gives, hide their order
+            self._seen.add(signature)
