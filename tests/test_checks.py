@@ -184,6 +184,7 @@ class SeparateAttention(nn.Module):
 @pytest.mark.parametrize("engine", [engines.Hooks, engines.Vmap])
 def test_gradients_that_are_zero_but_for_rounding_are_no_disagreement(engine):
     checks.preflight(engine(SeparateAttention(), squares), batch(4, 5, 16))
+    assert_engines_agree(SeparateAttention(), squares, batch(4, 5, 16), [engine])
 
 
 def test_a_buffer_that_is_reassigned_is_noticed_and_put_back():
