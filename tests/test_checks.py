@@ -202,3 +202,9 @@ def test_a_buffer_that_is_reassigned_is_noticed_and_put_back():
     with pytest.raises(ValueError, match="mean"):
         checks.check_unchanged_state(model, squares, batch(4, 3))
     assert not model.mean.any()
+
+
+def test_a_model_may_refuse_rows_out_of_its_range():
+    checks.check_independence(
+        nn.Linear(4, 3), lambda m, b: squares(m, torch.bernoulli(b)), torch.rand(4, 4)
+    )
