@@ -149,17 +149,19 @@ def test_prelu(size, channels, space, own):
     check(nn.PReLU(channels if own else 1), torch.randn(size, channels, *space).double())
 
 
-def test_registering_a_rule_twice_is_refused():
+def test_registering_twice_is_refused():
     with pytest.raises(ValueError, match="second one"):
-        rules.register(nn.Linear, parameter="weight")(lambda module, inputs, g: g)
+        rules.register(torch.prelu)(type(rules.lookup(torch.prelu)))
+    with pytest.raises(ValueError, match="second one"):
+        rules.register_layer(nn.Linear)(lambda module, input: None)
 
 
-def test_a_subclass_that_only_adds_a_constructor_keeps_the_rule():
+def test_a_subclass_that_only_adds_a_constructor_keeps_its_description():
     class Square(nn.Linear):
         def __init__(self, width):
             super().__init__(width, width)
 
-    assert rules.lookup(Square(3), "weight") is rules.lookup(nn.Linear(3, 3), "weight")
+    assert rules.lookup_layer(Square(3)) is rules.lookup_layer(nn.Linear(3, 3))
     patched = Square(3)
     patched.forward = lambda x: x @ patched.weight
-    assert rules.lookup(patched, "weight") is None
+    assert rules.lookup_layer(patched) is None

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-_PIECE = 4096
-_TINY = 1e-20
+from dpsgd.rules.rows import squared_norms, weighted_rows
 
 Groups = Sequence[Sequence[str]]
 """A partition of the parameter names into K clipping groups."""
@@ -194,40 +193,6 @@ class DenseGrads(PerSampleGrads):
 
     def _release(self) -> None:
         self._held_losses, self._held, self._squares = None, {}, None
-
-
-def squared_norms(grads: Tensor) -> Tensor:
-    """Returns the squared L2 norm [B] of each row of [B, *shape], in float64 where there is any.
-
-    Short pieces are summed in the gradients' precision (float32 at least), the pieces in float64:
-    no long float32 sum loses small terms. Rows that overflow or vanish so are taken in float64
-    throughout: a norm is never under-estimated, and 1e30 is not infinite.
-    """
-    wide = torch.float32 if grads.device.type == "mps" else torch.float64
-    rows = grads.flatten(1)
-    whole = rows.shape[1] // _PIECE * _PIECE
-    pieces = (
-        rows[:, :whole].unflatten(1, (-1, _PIECE)) if whole else rows.new_zeros(len(rows), 1, 0)
-    )
-    dtype = torch.promote_types(grads.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(pieces, dim=2, dtype=dtype).to(wide)
-    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype).to(wide)
-    squares = norms.square().sum(1) + rest.square()
-    if dtype != wide:
-        unsure = ~torch.isfinite(squares) | (squares < _TINY)
-        if unsure.any():
-            exact = torch.linalg.vector_norm(rows[unsure], dim=1, dtype=wide).square()
-            squares = squares.masked_scatter(unsure, exact)
-    return squares
-
-
-def weighted_rows(weights: Tensor, grads: Tensor, usable: Tensor | None = None) -> Tensor:
-    """Returns sum_i w_i g_i over the usable rows of [B, *shape] (all), in float32 or better."""
-    dtype = torch.promote_types(grads.dtype, torch.float32)
-    if usable is not None:
-        weights, grads = weights[usable], grads[usable]
-    flat = weights.to(dtype) @ grads.flatten(1).to(dtype)
-    return flat.view(grads.shape[1:])
 
 
 def _check_out(out: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:

@@ -73,21 +73,25 @@ class Hooks(Engine):
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with trainable parameters of its own, all of which have rules."""
+    """A module with trainable parameters of its own, and which function it calls with them."""
 
     path: str
     module: nn.Module
-    rules: Mapping[str, rules.Rule]
+    describe: rules.Layer
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer: its inputs, their versions, and the place of its output in the graph."""
+    """One call of a layer: the function, its arguments, and the place of its output in the graph.
+
+    `versions` holds, for each tensor among the inputs, its version when the layer used it.
+    """
 
     layer: Layer
-    inputs: rules.Inputs
-    versions: Mapping[str, int]
-    settings: Mapping[str, Any]
+    rule: rules.Rule
+    arguments: Mapping[str, Any]
+    samples: frozenset[str]
+    versions: Mapping[Tensor, int]
     output: GradientEdge
     region: Region
 
@@ -95,20 +99,16 @@ class Call:
 def _layers(model: nn.Module, names: Mapping[int, str]) -> list[Layer]:
     layers, missing = [], []
     for path, module in model.named_modules():
-        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in names}
-        found = {name: rules.lookup(module, name) for name in own}
-        missing += [
-            f"{names[id(own[name])]} ({type(module).__name__} at '{path}')"
-            for name, rule in found.items()
-            if rule is None
-        ]
-        usable = {name: rule for name, rule in found.items() if rule is not None}
-        if usable:
-            layers.append(Layer(path, module, usable))
+        own = [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names]
+        describe = rules.lookup_layer(module) if own else None
+        if describe is not None:
+            layers.append(Layer(path, module, describe))
+        else:
+            missing += [f"{name} ({type(module).__name__} at '{path}')" for name in own]
     if missing:
         raise ValueError(
-            f"No rule for these trainable parameters: {'; '.join(missing)}. "
-            "Register rules with @dpsgd.rules.register, freeze them, or use engine=vmap or "
+            f"No rule for these trainable parameters: {'; '.join(missing)}. Describe the layer "
+            "with @dpsgd.rules.register_layer, freeze them, or use engine=ghost, engine=vmap or "
             "engine=loop."
         )
     return layers
@@ -155,23 +155,28 @@ def _record(
     tensors = {n: v for n, v in list(inputs.items())[1:] if isinstance(v, Tensor)}
     _check_samples_first(layer, tensors, output, size)
     alias = torch.ops.aten._unsafe_view(output, output.shape)
-    own = {id(p) for p in module.parameters(recurse=False)}
+    with torch.no_grad():
+        function, given = layer.describe(module, *args, **kwargs)
+    rule = rules.lookup(function)
+    if rule is None:
+        raise ValueError(f"No rule for {function}, which '{layer.path}' calls.")
+    arguments = rule.bind((), given)
+    assert arguments is not None, f"{layer.path} does not describe a call of {function}"
+    samples = frozenset(n for n in rule.samples if _has_samples(arguments[n], inputs))
+    weights = {id(value) for n, value in arguments.items() if n in rule.weights}
     region = Region(
-        alias.grad_fn, {t.grad_fn for t in tensors.values() if t.grad_fn is not None}, own
+        alias.grad_fn, {t.grad_fn for t in tensors.values() if t.grad_fn is not None}, weights
     )
-    kept = {name: value.detach() for name, value in tensors.items()}
-    versions = {name: value._version for name, value in tensors.items()}
+    kept = {n: v.detach() if n in samples else v for n, v in arguments.items()}
+    versions = {value: value._version for value in tensors.values()}
     edge = get_gradient_edge(alias)
-    calls.append(Call(layer, kept, versions, _settings(module), edge, region))
+    calls.append(Call(layer, rule, kept, samples, versions, edge, region))
     return alias
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a layer that its rules read; its mode where that matters."""
-    own = {key: value for key, value in vars(module).items() if not key.startswith("_")}
-    if "track_running_stats" not in own:
-        own.pop("training", None)
-    return own
+def _has_samples(argument: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether an argument has one row per sample; ragged bags do not."""
+    return isinstance(argument, Tensor) and not isinstance(inputs.get("offsets"), Tensor)
 
 
 def _check_samples_first(
@@ -222,23 +227,15 @@ def _output_gradients(losses: Tensor, calls: list[Call]) -> tuple[Tensor | None,
 
 
 def _per_sample(call: Call, g: Tensor, names: Mapping[int, str]) -> Iterator[tuple[str, Tensor]]:
-    changed = [n for n, version in call.versions.items() if call.inputs[n]._version != version]
-    if changed:
+    if any(value._version != version for value, version in call.versions.items()):
         raise ValueError(
-            f"The {changed[0]} of '{call.layer.path}' was modified in place after the layer used "
+            f"The input of '{call.layer.path}' was modified in place after the layer used "
             "it. Replace the in-place operation, or use engine=vmap or engine=loop."
         )
-    module = call.layer.module
-    if _settings(module) != call.settings:
-        raise ValueError(
-            f"The settings of '{call.layer.path}' changed after it was used (dilation, eps, "
-            "mode?). Use a layer for each setting, or engine=vmap or engine=loop."
-        )
+    single = {n: call.arguments[n].unsqueeze(1) for n in call.samples}
+    captured = rules.Call({**call.arguments, **single}, call.samples, g.unsqueeze(1))
     with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-        for own_name, rule in call.layer.rules.items():
-            p = getattr(module, own_name)
-            inputs = {
-                name: value.to(p.dtype) if value.is_floating_point() else value
-                for name, value in call.inputs.items()
-            }
-            yield names[id(p)], rule(module, inputs, g.to(p.dtype))
+        for argument in call.rule.weights:
+            p = call.arguments[argument]
+            if id(p) in names:
+                yield names[id(p)], call.rule.materialize(captured.to(p.dtype), argument)

@@ -1,16 +1,29 @@
-"""Elementwise functions with parameters."""
+"""Elementwise functions with parameters. Sums and products need no rule: see the ghost engine."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from dpsgd.rules.registry import Inputs, register
+from dpsgd.rules.registry import Call, Rule, register
 
 
-@register(nn.PReLU, parameter="weight")
-def prelu_weight(module: nn.PReLU, inputs: Inputs, g: Tensor) -> Tensor:
-    """Sum of g_i * min(a_i, 0), over everything [B, 1] or all but the channels [B, channels]."""
-    slopes = g * inputs["input"].clamp(max=0)
-    if module.num_parameters == 1:
-        return slopes.reshape(slopes.shape[0], -1).sum(1, keepdim=True)
-    return slopes.reshape(*slopes.shape[:2], -1).sum(2)
+@register(torch.prelu)
+class Prelu(Rule):
+    """y = max(a, 0) + w min(a, 0), one slope or one per channel."""
+
+    weights = ("weight",)
+    samples = ("input",)
+
+    def forward(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Returns [B, n, channels, ...] for an input of that shape, or any with one slope."""
+        if weight.numel() == 1:
+            return torch.prelu(input, weight)
+        return torch.prelu(input.flatten(0, 1), weight).unflatten(0, input.shape[:2])
+
+    def materialize(self, call: Call, name: str) -> Tensor:
+        """Returns the sum of g_i * min(a_i, 0) over everything but the slopes, [B, slopes]."""
+        slopes = call.g * call["input"].clamp(max=0)
+        if call["weight"].numel() == 1:
+            return slopes.flatten(1).sum(1).view(-1, *call["weight"].shape)
+        return slopes.flatten(3).sum((1, 3)) if slopes.dim() > 3 else slopes.sum(1)

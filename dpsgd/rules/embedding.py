@@ -1,100 +1,229 @@
-"""Embedding tables: rows of the weight picked by ids, as they are or reduced over bags."""
+"""Embedding tables: rows of the weight picked by ids, as they are or reduced over bags.
+
+Everything follows from *entries*: a row of gradient [d] for each (sample, id) that picked a row of
+the table. The dense gradient [B, V, d] is formed only for who asks for it.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpsgd.rules.registry import Inputs, register
+from dpsgd.rules.linear import Affine
+from dpsgd.rules.registry import Call, Rule, register
+from dpsgd.rules.rows import by_chunks, rounded_up, squared_norms
+
+_MODES = "sum", "mean", "max"
 
 
-@register(nn.Embedding, parameter="weight")
-def embedding_weight(module: nn.Embedding, inputs: Inputs, g: Tensor) -> Tensor:
-    """G_i[v] = sum of g_it over the positions t with id v, [B, V, d]; the padding id has none.
+@dataclass(frozen=True)
+class Entries:
+    """What one call adds to the table.
+
+    Attributes:
+        rows: Gradients [n, d].
+        samples: The sample that each belongs to, [n].
+        ids: The row of the table that each belongs to, [n].
+    """
+
+    rows: Tensor
+    samples: Tensor
+    ids: Tensor
+
+
+class Table(Rule):
+    """G_i[v] = sum of the rows with sample i and id v, [B, V, d]."""
+
+    weights = ("weight",)
+
+    @abstractmethod
+    def entries(self, call: Call) -> Entries:
+        """Returns the rows that the gradients consist of, without those of the padding id."""
+
+    def materialize(self, call: Call, name: str) -> Tensor:
+        """Returns the dense gradients [B, V, d]."""
+        entries, (vocabulary, width) = self.entries(call), call["weight"].shape
+        grads = entries.rows.new_zeros((call.size * vocabulary, width))
+        grads.index_add_(0, entries.samples * vocabulary + entries.ids, entries.rows)
+        return grads.view(call.size, vocabulary, width)
+
+    def squared_norms(self, call: Call, name: str) -> Tensor:
+        """Returns sum_v ||G_i[v]||^2 over the ids that sample i has, rounded up."""
+        entries, vocabulary = self.entries(call), call["weight"].shape[0]
+        keys, place = (entries.samples * vocabulary + entries.ids).unique(return_inverse=True)
+        sums = entries.rows.new_zeros((len(keys), entries.rows.shape[1]))
+        each = squared_norms(sums.index_add_(0, place, entries.rows))
+        lengths = squared_norms(entries.rows).sqrt()
+        none = each.new_zeros(call.size)
+        squares = none.index_add(0, keys // max(vocabulary, 1), each)
+        return rounded_up(squares, none.index_add(0, entries.samples, lengths), sums.dtype)
+
+    def weighted_sum(self, call: Call, name: str, weights: Tensor) -> Tensor:
+        """Returns the sum of all rows, each times its sample's weight, by id, [V, d]."""
+        entries = self.entries(call)
+        rows = entries.rows * weights.to(entries.rows.dtype)[entries.samples, None]
+        return rows.new_zeros(call["weight"].shape).index_add_(0, entries.ids, rows)
+
+
+@register(torch.embedding)
+class Embedding(Table):
+    """y_t = W[id_t]."""
+
+    samples = ("indices",)
+
+    def forward(
+        self,
+        weight: Tensor,
+        indices: Tensor,
+        padding_idx: int = -1,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Tensor:
+        """Returns [B, ..., d].
+
+        Raises:
+            ValueError: If the gradient is scaled by id frequencies, which couple the samples.
+        """
+        check_no_frequencies(scale_grad_by_freq)
+        return torch.embedding(weight, indices, padding_idx, False, False)
+
+    def entries(self, call: Call) -> Entries:
+        """One row per position."""
+        ids = call["indices"].reshape(call.size, -1)
+        rows = call.g.reshape(-1, call.g.shape[-1])
+        if call["padding_idx"] >= 0:
+            rows = rows.masked_fill((ids == call["padding_idx"]).view(-1, 1), 0)
+        samples = torch.arange(call.size, device=ids.device).repeat_interleave(ids.shape[1])
+        return Entries(rows, samples, ids.reshape(-1).long())
+
+    def merge(self, calls: Sequence[Call], name: str) -> Call | None:
+        """Returns the calls in a row: their positions follow each other."""
+        if len({call["padding_idx"] for call in calls}) > 1:
+            return None
+        ids = [call["indices"].reshape(call.size, -1) for call in calls]
+        g = [c.g.reshape(c.size, -1, c.g.shape[-1]) for c in calls]
+        arguments = {**calls[0].arguments, "indices": torch.cat(ids, 1)}
+        return replace(calls[0], arguments=arguments, g=torch.cat(g, 1))
+
+    def cross(self, call: Call, name: str, rule: Rule, other: Call, argument: str) -> Tensor | None:
+        """Returns sum_ts (e_t . a_s) G_s[id_t] where the other is a linear head with this weight.
+
+        The gradients are sum_t onehot(id_t) e_t^T here and sum_s G_s a_s^T there.
+        """
+        if not isinstance(rule, Affine) or argument != rule.weights[0] or rule.transposed:
+            return None
+        entries = self.entries(call)
+        width = entries.rows.shape[1]
+        e = entries.rows.view(call.size, -1, width)
+        ids = entries.ids.view(call.size, -1)
+        a, g = rule.operands(other)
+
+        def inner(rows: slice) -> Tensor:
+            picked = g[rows].gather(2, ids[rows, None].expand(-1, g.shape[1], -1))
+            return picked.mul_(torch.bmm(a[rows], e[rows].mT)).sum((1, 2), dtype=torch.float64)
+
+        return by_chunks(call.size, 2 * a.shape[1] * ids.shape[1] * a.element_size(), inner)
+
+
+@register(torch.embedding_bag)
+class EmbeddingBag(Table):
+    """Rows of the table, summed, averaged or their maximum per bag; ids are in one row.
+
+    Samples either have ids [B, length] that `offsets` [bags] cuts into bags in the same way for
+    each, or one bag each of a length of its own: ids [n], offsets [B].
+    """
+
+    samples = ("indices", "per_sample_weights")
+
+    def forward(
+        self,
+        weight: Tensor,
+        indices: Tensor,
+        offsets: Tensor,
+        scale_grad_by_freq: bool = False,
+        mode: int = 0,
+        sparse: bool = False,
+        per_sample_weights: Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Returns the bags [B, bags, d], and by-products that have no gradient.
+
+        Raises:
+            ValueError: If the gradient is scaled by id frequencies, which couple the samples.
+        """
+        check_no_frequencies(scale_grad_by_freq)
+        starts = _starts(offsets, include_last_offset)
+        every = _for_each_sample(indices, starts)
+        shares = None if per_sample_weights is None else per_sample_weights.reshape(-1)
+        out, *rest = torch.embedding_bag(
+            weight, indices.reshape(-1), every, False, mode, False, shares, False, padding_idx
+        )
+        shape = len(indices), len(starts)
+        return out.unflatten(0, shape), *(r.new_zeros(shape) for r in rest)
+
+    def entries(self, call: Call) -> Entries:
+        """One row per id: its share of the gradient of its bag."""
+        ids, bags, starts = self._bags(call)
+        g = call.g.reshape(-1, call.g.shape[-1])
+        samples = torch.div(bags, len(g) // call.size, rounding_mode="floor")
+        if _MODES[call["mode"]] == "max":
+            return self._winners(call, ids, starts, g)
+        shares = torch.ones(len(ids), dtype=g.dtype, device=g.device)
+        if call["per_sample_weights"] is not None:
+            shares = call["per_sample_weights"].reshape(-1).to(g.dtype)
+        if call["padding_idx"] is not None:
+            shares = shares.masked_fill(ids == call["padding_idx"], 0)
+        if _MODES[call["mode"]] == "mean":
+            counts = g.new_zeros(len(g)).index_add_(0, bags, shares)
+            shares = shares / counts.clamp(min=1)[bags]
+        return Entries(g[bags] * shares[:, None], samples, ids)
+
+    def _bags(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """All ids, the bag that each belongs to, and where the bags start."""
+        ids, starts = call["indices"], _starts(call["offsets"], call["include_last_offset"])
+        if "indices" in call.samples:
+            starts = _for_each_sample(ids.flatten(1), starts)
+        ids = ids.reshape(-1)
+        where = torch.arange(len(ids), device=ids.device, dtype=starts.dtype)
+        return ids.long(), torch.searchsorted(starts, where, right=True) - 1, starts
+
+    def _winners(self, call: Call, ids: Tensor, starts: Tensor, g: Tensor) -> Entries:
+        """The kernel says which id won each feature of each bag; an empty bag has no winner."""
+        with torch.no_grad():
+            _, _, lengths, winners = torch.embedding_bag(
+                call["weight"], ids, starts, False, 2, False, None, False, call["padding_idx"]
+            )
+        g = g.masked_fill((lengths == 0)[:, None], 0)
+        bags, width = g.shape
+        rows = torch.diag_embed(g).view(bags * width, width)  # one row per (bag, feature)
+        samples = torch.arange(bags, device=g.device) // (bags // call.size)
+        won = winners.reshape(-1).long().clamp(min=0)
+        return Entries(rows, samples.repeat_interleave(width), won)
+
+
+def check_no_frequencies(scale_grad_by_freq: bool) -> None:
+    """Raises if a table's gradient depends on the frequencies of ids within the batch.
 
     Raises:
-        ValueError: If the gradient is scaled by id frequencies, which couple the samples.
+        ValueError: If it does.
     """
-    if module.scale_grad_by_freq:
+    if scale_grad_by_freq:
         raise ValueError(
-            "Expected nn.Embedding with scale_grad_by_freq=False: frequencies within the batch "
+            "Expected an embedding with scale_grad_by_freq=False: frequencies within the batch "
             "make one sample's gradient depend on the others."
         )
-    size = g.shape[0]
-    ids = inputs["input"].reshape(size, -1)
-    rows = g.reshape(size, -1, g.shape[-1])
-    if module.padding_idx is not None:
-        rows = rows.masked_fill((ids == module.padding_idx)[..., None], 0)
-    samples = torch.arange(size, device=ids.device)[:, None].expand_as(ids)
-    return scatter(rows, samples, ids, (size, module.num_embeddings))
 
 
-@register(nn.EmbeddingBag, parameter="weight")
-def embedding_bag_weight(module: nn.EmbeddingBag, inputs: Inputs, g: Tensor) -> Tensor:
-    """As for an embedding, g_i spread over the ids of bag i as the reduction says, [B, V, d].
-
-    Raises:
-        ValueError: If the gradient is scaled by id frequencies, which couple the samples.
-    """
-    if module.scale_grad_by_freq:
-        raise ValueError(
-            "Expected nn.EmbeddingBag with scale_grad_by_freq=False: frequencies within the batch "
-            "make one sample's gradient depend on the others."
-        )
-    ids, bags = _flat_bags(module, inputs)
-    shape = (g.shape[0], module.num_embeddings)
-    if module.mode == "max":
-        return _max_bag(module, inputs, g, shape)
-    shares = torch.ones(len(ids), dtype=g.dtype, device=g.device)
-    if inputs.get("per_sample_weights") is not None:
-        shares = inputs["per_sample_weights"].reshape(-1).to(g.dtype)
-    if module.padding_idx is not None:
-        shares = shares.masked_fill(ids == module.padding_idx, 0)
-    if module.mode == "mean":
-        counts = torch.zeros(len(g), dtype=g.dtype, device=g.device).index_add_(0, bags, shares)
-        shares = shares / counts.clamp(min=1)[bags]
-    return scatter(g[bags] * shares[:, None], bags, ids, shape)
+def _starts(offsets: Tensor, include_last: bool) -> Tensor:
+    return (offsets[:-1] if include_last else offsets).contiguous()
 
 
-def scatter(rows: Tensor, samples: Tensor, ids: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Returns [B, V, d] with each row [..., d] added at (sample, id); `shape` is (B, V)."""
-    size, vocabulary = shape
-    grads = rows.new_zeros((size * vocabulary, rows.shape[-1]))
-    grads.index_add_(0, (samples * vocabulary + ids).reshape(-1), rows.reshape(-1, rows.shape[-1]))
-    return grads.view(size, vocabulary, -1)
-
-
-def _flat_bags(module: nn.EmbeddingBag, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The ids in one row, and the bag that each of them belongs to."""
-    ids = inputs["input"]
-    if ids.dim() == 2:
-        bags = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
-        return ids.reshape(-1).long(), bags.reshape(-1)
-    offsets = inputs["offsets"]
-    starts = offsets[:-1] if module.include_last_offset else offsets
-    where = torch.arange(len(ids), device=ids.device, dtype=starts.dtype)
-    return ids.long(), torch.searchsorted(starts.contiguous(), where, right=True) - 1
-
-
-def _max_bag(module: nn.EmbeddingBag, inputs: Inputs, g: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The kernel itself says which id won each feature of each bag; an empty bag has no winner."""
-    ids = inputs["input"]
-    if ids.dim() == 1:
-        offsets = inputs["offsets"]
-    else:
-        offsets = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device, dtype=ids.dtype)
-    with torch.no_grad():
-        _, _, lengths, winners = torch.embedding_bag(
-            module.weight,
-            ids.reshape(-1),
-            offsets,
-            False,  # scale_grad_by_freq
-            2,  # mode: max
-            False,  # sparse
-            None,  # per_sample_weights
-            module.include_last_offset and ids.dim() == 1,
-            module.padding_idx,
-        )
-    g = g.masked_fill((lengths[: len(g)] == 0)[:, None], 0)
-    grads = g.new_zeros((*shape, g.shape[-1]))
-    return grads.scatter_(1, winners[: len(g), None].long(), g[:, None])
+def _for_each_sample(ids: Tensor, starts: Tensor) -> Tensor:
+    """Offsets [B bags] into the ids [B, length] in one row, from offsets [bags] of each sample."""
+    first = torch.arange(len(ids), device=ids.device, dtype=starts.dtype) * ids.shape[1]
+    return (first[:, None] + starts).reshape(-1)

@@ -1,33 +1,138 @@
-"""Linear maps: y = a W^T + b, and their bilinear cousin."""
+"""Linear maps: y = a W^T + b in its spellings, and their bilinear cousin.
+
+Letters: B samples, T positions sharing the weight, d fan-in, p fan-out.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from dpsgd.rules.registry import Inputs, register
-
-
-@register(nn.Linear, parameter="weight")
-def linear_weight(module: nn.Linear, inputs: Inputs, g: Tensor) -> Tensor:
-    """G_i = sum_t g_it a_it^T, [B, p, d]; any number of dimensions between B and the features."""
-    a = inputs["input"]
-    return torch.bmm(positions(g).transpose(1, 2), positions(a))
+from dpsgd.rules.registry import Call, Rule, register
+from dpsgd.rules.rows import product_norms, weighted_rows
 
 
-@register(nn.Linear, nn.Bilinear, parameter="bias")
-def linear_bias(module: nn.Module, inputs: Inputs, g: Tensor) -> Tensor:
-    """sum_t g_it, [B, p]."""
-    return positions(g).sum(1)
+class Affine(Rule):
+    """G_i = sum_t g_it a_it^T [B, p, d] for the weight, sum_t g_it [B, p] for the bias.
+
+    Attributes:
+        transposed: Whether the weight is written [d, p].
+    """
+
+    transposed: ClassVar[bool]
+
+    def materialize(self, call: Call, name: str) -> Tensor:
+        """Returns G_i, or the sum over the positions for the bias."""
+        a, g = self.operands(call)
+        if name != self.weights[0]:
+            return g.sum(1)
+        return torch.bmm(a.transpose(1, 2), g) if self.transposed else torch.bmm(g.mT, a)
+
+    def squared_norms(self, call: Call, name: str) -> Tensor:
+        """Returns ||G_i||^2 by Gram matrices or by forming G_i, whichever is less."""
+        if name != self.weights[0]:
+            return super().squared_norms(call, name)
+        return product_norms(*self.operands(call))
+
+    def weighted_sum(self, call: Call, name: str, weights: Tensor) -> Tensor:
+        """Returns sum_it (w_i g_it) a_it^T: an ordinary weight gradient."""
+        a, g = self.operands(call)
+        weights = weights.to(g.dtype)
+        if name != self.weights[0]:
+            return weighted_rows(weights, g.sum(1))
+        scaled = (g * weights[:, None, None]).flatten(0, 1)
+        a = a.flatten(0, 1)
+        return a.T @ scaled if self.transposed else scaled.T @ a
+
+    def merge(self, calls: Sequence[Call], name: str) -> Call | None:
+        """Returns the calls in a row: their positions follow each other."""
+        operands = [self.operands(call) for call in calls]
+        a, g = (torch.cat(parts, dim=1) for parts in zip(*operands))
+        arguments = {**calls[0].arguments, self.samples[0]: a}
+        return replace(calls[0], arguments=arguments, g=g)
+
+    def operands(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Returns input [B, T, d] and output gradient [B, T, p]."""
+        return positions(call[self.samples[0]]), positions(call.g)
 
 
-@register(nn.Bilinear, parameter="weight")
-def bilinear_weight(module: nn.Bilinear, inputs: Inputs, g: Tensor) -> Tensor:
-    """G_i = sum_t g_it (x) a_it (x) c_it for y = a^T W c, [B, p, d1, d2]."""
-    a, c = positions(inputs["input1"]), positions(inputs["input2"])
-    return torch.einsum("btp,bti,btj->bpij", positions(g), a, c)
+@register(F.linear)
+class Linear(Affine):
+    """y = a W^T + b with W [p, d]."""
+
+    weights = ("weight", "bias")
+    samples = ("input",)
+    transposed = False
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Returns [B, ..., p] for an input [B, ..., d]."""
+        return F.linear(input, weight, bias)
+
+
+@register(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+class Matmul(Affine):
+    """y = a W with W [d, p]."""
+
+    weights = ("other",)
+    samples = ("input",)
+    transposed = True
+
+    def accepts(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the weight is the right factor, and a matrix."""
+        return arguments["other"].dim() == 2
+
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
+        """Returns [B, ..., p] for an input [B, ..., d]."""
+        return torch.matmul(input, other)
+
+
+@register(torch.addmm, torch.Tensor.addmm)
+class Addmm(Affine):
+    """y = b + a W with W [d, p], as in GPT-2's Conv1D."""
+
+    weights = ("mat2", "input")
+    samples = ("mat1",)
+    transposed = True
+
+    def accepts(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether it is an affine map: a vector b and no other factors."""
+        plain = arguments["beta"] == 1 and arguments["alpha"] == 1
+        return plain and arguments["input"].dim() == 1 and arguments["mat2"].dim() == 2
+
+    def forward(
+        self, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1
+    ) -> Tensor:
+        """Returns [B, n, p] for an input [B, n, d]."""
+        rows = mat1.flatten(0, 1)
+        return torch.addmm(input, rows, mat2).unflatten(0, mat1.shape[:2])
+
+
+@register(torch.bilinear)
+class Bilinear(Rule):
+    """y = a^T W c + b with W [p, d1, d2]."""
+
+    weights = ("weight", "bias")
+    samples = ("input1", "input2")
+
+    def forward(
+        self, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Returns [B, ..., p] for inputs [B, ..., d1] and [B, ..., d2]."""
+        return torch.bilinear(input1, input2, weight, bias)
+
+    def materialize(self, call: Call, name: str) -> Tensor:
+        """Returns sum_t g_it (x) a_it (x) c_it [B, p, d1, d2], or sum_t g_it [B, p]."""
+        g = positions(call.g)
+        if name == "bias":
+            return g.sum(1)
+        a, c = positions(call["input1"]), positions(call["input2"])
+        return torch.einsum("btp,bti,btj->bpij", g, a, c)
 
 
 def positions(x: Tensor) -> Tensor:

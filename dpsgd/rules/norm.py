@@ -2,71 +2,146 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpsgd.rules.registry import Inputs, register
-
-_INSTANCE = nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
-_Instance: TypeAlias = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+from dpsgd.rules.registry import Call, Rule, register
 
 
-@register(nn.LayerNorm, parameter="weight")
-def layer_norm_weight(module: nn.LayerNorm, inputs: Inputs, g: Tensor) -> Tensor:
-    """sum_t g_it * x_hat_it, [B, *normalized_shape]."""
-    x_hat = F.layer_norm(inputs["input"], module.normalized_shape, eps=module.eps)
-    return _over_leading(g * x_hat, len(module.normalized_shape))
+class LastDimensions(Rule):
+    """Normalises over the last dimensions, which weight and bias are shaped as."""
+
+    samples = ("input",)
+
+    @abstractmethod
+    def normalized(self, call: Call) -> Tensor:
+        """Returns x_hat, of the shape of the input."""
+
+    def materialize(self, call: Call, name: str) -> Tensor:
+        """Returns sum_t g_it * x_hat_it, or sum_t g_it for the bias, [B, *normalized_shape]."""
+        products = call.g if name == "bias" else call.g * self.normalized(call)
+        between = tuple(range(1, products.dim() - len(call["normalized_shape"])))
+        return products.sum(between) if between else products
 
 
-@register(nn.LayerNorm, parameter="bias")
-def layer_norm_bias(module: nn.LayerNorm, inputs: Inputs, g: Tensor) -> Tensor:
-    """sum_t g_it, [B, *normalized_shape]."""
-    return _over_leading(g, len(module.normalized_shape))
+@register(torch.layer_norm)
+class LayerNorm(LastDimensions):
+    """Layer normalisation (Ba et al. 2016, arXiv:1607.06450)."""
+
+    weights = ("weight", "bias")
+
+    def forward(
+        self,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        cudnn_enable: bool = True,
+    ) -> Tensor:
+        """Returns [B, ..., *normalized_shape]."""
+        return torch.layer_norm(input, normalized_shape, weight, bias, eps, cudnn_enable)
+
+    def normalized(self, call: Call) -> Tensor:
+        """Returns (x - mean) / std."""
+        return F.layer_norm(call["input"], call["normalized_shape"], eps=call["eps"])
 
 
-@register(nn.RMSNorm, parameter="weight")
-def rms_norm_weight(module: nn.RMSNorm, inputs: Inputs, g: Tensor) -> Tensor:
-    """sum_t g_it * x_it / rms(x_it), [B, *normalized_shape]."""
-    (a,) = inputs.values()  # PyTorch names it x here
-    shape = list(module.normalized_shape)
-    return _over_leading(g * F.rms_norm(a, shape, eps=module.eps), len(shape))
+@register(torch.rms_norm)
+class RMSNorm(LastDimensions):
+    """Root mean square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    weights = ("weight",)
+
+    def forward(
+        self,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        eps: float | None = None,
+    ) -> Tensor:
+        """Returns [B, ..., *normalized_shape]."""
+        return torch.rms_norm(input, normalized_shape, weight, eps)
+
+    def normalized(self, call: Call) -> Tensor:
+        """Returns x / rms(x)."""
+        return F.rms_norm(call["input"], call["normalized_shape"], eps=call["eps"])
 
 
-@register(nn.GroupNorm, parameter="weight")
-def group_norm_weight(module: nn.GroupNorm, inputs: Inputs, g: Tensor) -> Tensor:
-    """Sum of g_i * x_hat_i over all positions, [B, channels]."""
-    x_hat = F.group_norm(inputs["input"], module.num_groups, eps=module.eps)
-    return _over_positions(g * x_hat)
+class Channels(Rule):
+    """Normalises [B, n, channels, ...] within samples; weight and bias are [channels]."""
+
+    weights = ("weight", "bias")
+    samples = ("input",)
+
+    @abstractmethod
+    def normalized(self, call: Call, x: Tensor) -> Tensor:
+        """Returns x_hat for an input [B n, channels, ...]."""
+
+    def materialize(self, call: Call, name: str) -> Tensor:
+        """Returns the sum of g_i * x_hat_i, or of g_i for the bias, over positions, [B, c]."""
+        products = call.g
+        if name == "weight":
+            x = call["input"]
+            products = call.g * self.normalized(call, x.flatten(0, 1)).view_as(x)
+        return products.sum((1, *range(3, products.dim())))
 
 
-@register(*_INSTANCE, parameter="weight")
-def instance_norm_weight(module: _Instance, inputs: Inputs, g: Tensor) -> Tensor:
-    """Sum of g_i * x_hat_i over all positions, [B, channels]."""
-    own_statistics = module.training or not module.track_running_stats
-    x_hat = F.instance_norm(
-        inputs["input"],
-        None if own_statistics else module.running_mean,
-        None if own_statistics else module.running_var,
-        use_input_stats=own_statistics,
-        eps=module.eps,
-    )
-    return _over_positions(g * x_hat)
+@register(torch.group_norm)
+class GroupNorm(Channels):
+    """Group normalisation (Wu & He 2018, arXiv:1803.08494)."""
+
+    def forward(
+        self,
+        input: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        cudnn_enabled: bool = True,
+    ) -> Tensor:
+        """Returns [B, n, channels, ...]."""
+        flat = torch.group_norm(input.flatten(0, 1), num_groups, weight, bias, eps, cudnn_enabled)
+        return flat.unflatten(0, input.shape[:2])
+
+    def normalized(self, call: Call, x: Tensor) -> Tensor:
+        """Returns x normalised within groups of channels."""
+        return F.group_norm(x, call["num_groups"], eps=call["eps"])
 
 
-@register(nn.GroupNorm, *_INSTANCE, parameter="bias")
-def channel_bias(module: nn.Module, inputs: Inputs, g: Tensor) -> Tensor:
-    """Sum of g_i over all positions, [B, channels]."""
-    return _over_positions(g)
+@register(torch.instance_norm)
+class InstanceNorm(Channels):
+    """Instance normalisation (Ulyanov et al. 2016, arXiv:1607.08022)."""
 
+    def forward(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        use_input_stats: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Tensor:
+        """Returns [B, n, channels, ...]."""
+        rest: tuple[Any, ...] = (running_mean, running_var, use_input_stats, momentum, eps)
+        flat = torch.instance_norm(input.flatten(0, 1), weight, bias, *rest, cudnn_enabled)
+        return flat.unflatten(0, input.shape[:2])
 
-def _over_leading(x: Tensor, kept: int) -> Tensor:
-    """Sums [B, ..., *shape] over the dimensions between B and the last `kept` ones."""
-    between = tuple(range(1, x.dim() - kept))
-    return x.sum(between) if between else x
-
-
-def _over_positions(x: Tensor) -> Tensor:
-    """Sums [B, channels, ...] over what follows the channels."""
-    return x.sum(tuple(range(2, x.dim()))) if x.dim() > 2 else x
+    def normalized(self, call: Call, x: Tensor) -> Tensor:
+        """Returns x normalised by its own statistics, or by running ones where they are used."""
+        own = call["use_input_stats"]
+        return F.instance_norm(
+            x,
+            None if own else call["running_mean"],
+            None if own else call["running_var"],
+            use_input_stats=own,
+            eps=call["eps"],
+        )

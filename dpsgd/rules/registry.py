@@ -1,53 +1,168 @@
-"""The table of rules: (module type, parameter name) -> rule."""
+"""What a rule is, and the table of rules: function -> rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-Inputs = Mapping[str, Any]
-"""The arguments of a module's forward by name; tensors are shaped [B, ...]."""
-
-Rule = Callable[[Any, Inputs, Tensor], Tensor]
-"""`rule(module, inputs, g [B, ...]) -> per-sample gradient [B, *parameter.shape]`."""
-
-_RULES: dict[tuple[type[nn.Module], str], Rule] = {}
-_COSMETIC = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__doc__", "__module__"}
+from dpsgd.rules.rows import by_chunks, chunks, squared_norms, weighted_rows
 
 
-def register(*module_types: type[nn.Module], parameter: str) -> Callable[[Rule], Rule]:
-    """Returns a decorator that makes a function the rule of a parameter of these modules.
+@dataclass(frozen=True)
+class Call:
+    """One call of a function in which samples met weights, and what came back to its output.
+
+    Attributes:
+        arguments: The arguments by name. What belongs to samples is [B, ...], B before the
+            dimensions that the function was called with for one sample; weights are as they are.
+        samples: Names of the arguments that belong to samples.
+        g: Gradient of the sum of the losses with respect to the output, [B, ...].
+    """
+
+    arguments: Mapping[str, Any]
+    samples: frozenset[str]
+    g: Tensor
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return self.g.shape[0]
+
+    def rows(self, index: slice | Tensor) -> Call:
+        """Returns the call for some of the samples."""
+        chosen = {name: self.arguments[name][index] for name in self.samples}
+        return replace(self, arguments={**self.arguments, **chosen}, g=self.g[index])
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """Returns the call with the floating tensors of its samples in another precision."""
+        cast = {
+            name: value.to(dtype)
+            for name in self.samples
+            if (value := self.arguments[name]).is_floating_point()
+        }
+        return replace(self, arguments={**self.arguments, **cast}, g=self.g.to(dtype))
+
+
+class Rule(ABC):
+    """The per-sample gradients of one function with respect to its weights.
+
+    A rule must say how to run the function on a whole batch and how to form the gradients; norms
+    and weighted sums follow from these. It overrides those two where there is a cheaper way.
+
+    Attributes:
+        weights: Names of the arguments that may be weights: the same tensor for all samples.
+        samples: Names of the arguments that belong to samples. The first must be given as such.
+    """
+
+    weights: ClassVar[tuple[str, ...]]
+    samples: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the function on the batch, [B, ...] for samples; its signature names the arguments.
+
+        Of a tuple only the first entry is differentiable.
+        """
+
+    @abstractmethod
+    def materialize(self, call: Call, name: str) -> Tensor:
+        """Returns the gradient of each sample for the weight `name`, [B, *weight.shape]."""
+
+    def accepts(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the rule covers these arguments; samples have their dimensions without B here."""
+        return True
+
+    def squared_norms(self, call: Call, name: str) -> Tensor:
+        """Returns the squared norms of these gradients, [B], in float64 where there is any."""
+        return by_chunks(
+            call.size,
+            gradient_bytes(call, name),
+            lambda rows: squared_norms(self.materialize(call.rows(rows), name)),
+        )
+
+    def weighted_sum(self, call: Call, name: str, weights: Tensor) -> Tensor:
+        """Returns sum_i w_i g_i of the shape of the weight, for weights [B]."""
+        total = call[name].new_zeros(call[name].shape, dtype=call.g.dtype)
+        for rows in chunks(call.size, gradient_bytes(call, name)):
+            total += weighted_rows(weights[rows], self.materialize(call.rows(rows), name))
+        return total
+
+    def merge(self, calls: Sequence[Call], name: str) -> Call | None:
+        """Returns one call that stands for several with one weight; None if there is none."""
+        return None
+
+    def cross(self, call: Call, name: str, rule: Rule, other: Call, argument: str) -> Tensor | None:
+        """Returns <G_i, H_i> [B] with the gradients H of another rule for the same weight, or None.
+
+        None stands for no other way than to form both.
+        """
+        return None
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns the arguments of a call by name; None if they are not those of the rule."""
+        names, defaults = self._signature
+        if len(args) > len(names):
+            return None
+        arguments = {**defaults, **dict(zip(names, args)), **kwargs}
+        return arguments if arguments.keys() == set(names) else None
+
+    @cached_property
+    def _signature(self) -> tuple[list[str], dict[str, Any]]:
+        parameters = inspect.signature(self.forward).parameters
+        defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+        return list(parameters), defaults
+
+
+def gradient_bytes(call: Call, name: str) -> int:
+    """Returns the size of one sample's gradient for a weight."""
+    return math.prod(call[name].shape) * call.g.element_size()
+
+
+_RULES: dict[Callable[..., Any], Rule] = {}
+_R = TypeVar("_R", bound=type[Rule])
+
+
+def register(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
+    """Returns a decorator that makes a `Rule` class the rule of these functions.
+
+    Args:
+        functions: Overridable functions of PyTorch as they are called in the end: `torch.prelu`,
+            `torch.layer_norm`, `torch.Tensor.matmul`.
 
     Raises:
         ValueError: If there is a rule already.
     """
 
-    def decorate(rule: Rule) -> Rule:
-        for module_type in module_types:
-            if (module_type, parameter) in _RULES:
-                raise ValueError(
-                    f"Expected no rule yet for '{parameter}' of {module_type.__name__}, got a "
-                    "second one."
-                )
-            _RULES[module_type, parameter] = rule
-        return rule
+    def decorate(kind: _R) -> _R:
+        add(kind(), *functions)
+        return kind
 
     return decorate
 
 
-def lookup(module: nn.Module, parameter: str) -> Rule | None:
-    """Returns the rule for a parameter that the module owns, None if there is none.
+def add(rule: Rule, *functions: Callable[..., Any]) -> None:
+    """Makes a rule that of some functions, as `register` does for a class of its own.
 
-    A subclass inherits a rule as long as it overrides nothing that computes: a weight-standardised
-    subclass of Conv2d, or an instance with a patched forward, has no rule.
+    Raises:
+        ValueError: If there is a rule already.
     """
-    overridden = set(vars(module)) & {"forward"}
-    for module_type in type(module).__mro__:
-        rule = _RULES.get((module_type, parameter))
-        if rule is not None:
-            computes = {n for n, v in vars(module_type).items() if callable(v)} | {"forward"}
-            return None if overridden & (computes - _COSMETIC) else rule
-        overridden |= set(vars(module_type))
-    return None
+    for function in functions:
+        if function in _RULES:
+            raise ValueError(f"Expected no rule yet for {function}, got a second one.")
+        _RULES[function] = rule
+
+
+def lookup(function: Callable[..., Any]) -> Rule | None:
+    """Returns the rule of a function, None if there is none."""
+    return _RULES.get(function)
