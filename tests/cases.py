@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dpsgd import engines
 
 ENGINES: Mapping[str, Callable[..., engines.Engine]] = {
+    "ghost": engines.Ghost,
     "hooks": engines.Hooks,
     "vmap": engines.Vmap,
     "vmap-chunked": lambda model, loss: engines.Vmap(model, loss, chunk_size=2),
@@ -356,6 +357,7 @@ CASES = [
 
 BAG = "drops repeated ids"
 CANNOT = "cannot run this model"
+MASK = "boolean mask"
 GRAM = "Gram matrices that cancel"
 NO_RULE = "No rule for these trainable parameters"
 NO_SAMPLES = "no per-sample gradient"
@@ -384,9 +386,9 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "bag_max": {"opacus": BAG, "opacus-functorch": CANNOT},
     "bag_padding_mean": {"opacus": BAG, "opacus-functorch": CANNOT},
     "bag_padding_max": {"opacus": BAG, "opacus-functorch": CANNOT},
-    "bag_offsets_mean": {"vmap": CANNOT, "opacus": BAG, "opacus-functorch": CANNOT},
-    "bag_offsets_max": {"vmap": CANNOT, "opacus": BAG, "opacus-functorch": CANNOT},
-    "bag_weighted": {"vmap": CANNOT, "opacus": BAG, "opacus-functorch": CANNOT},
+    "bag_offsets_mean": {"ghost": MASK, "vmap": CANNOT, "opacus": BAG, "opacus-functorch": CANNOT},
+    "bag_offsets_max": {"ghost": MASK, "vmap": CANNOT, "opacus": BAG, "opacus-functorch": CANNOT},
+    "bag_weighted": {"ghost": MASK, "vmap": CANNOT, "opacus": BAG, "opacus-functorch": CANNOT},
     "layer_norm_no_bias": {"opacus-hooks": CANNOT, "opacus-ghost": CANNOT},
     "rms_norm": {"opacus-ew": CANNOT},
     "bilinear": {"opacus": CANNOT},

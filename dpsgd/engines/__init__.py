@@ -2,6 +2,7 @@
 
 from dpsgd.engines.base import Engine, LossFn
 from dpsgd.engines.batch import Batch
+from dpsgd.engines.ghost import Ghost, TapedGrads
 from dpsgd.engines.grads import DenseGrads, Groups, PerSampleGrads
 from dpsgd.engines.hooks import Hooks
 from dpsgd.engines.loop import Loop
@@ -12,11 +13,13 @@ __all__ = [
     "Batch",
     "DenseGrads",
     "Engine",
+    "Ghost",
     "Groups",
     "Hooks",
     "Loop",
     "LossFn",
     "Opacus",
     "PerSampleGrads",
+    "TapedGrads",
     "Vmap",
 ]

@@ -44,6 +44,24 @@ def check_no_reentrant_checkpoint(losses: Tensor) -> None:
         stack.extend(child for child, _ in node.next_functions)
 
 
+def leaves(losses: Tensor) -> list[Tensor]:
+    """Returns the leaves that require a gradient and that the losses reach."""
+    found: dict[int, Tensor] = {}
+    stack, seen = [losses.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found[id(variable)] = variable
+        stack.extend(child for child, _ in node.next_functions)
+    if losses.grad_fn is None and losses.requires_grad:
+        found[id(losses)] = losses
+    return list(found.values())
+
+
 def uncaptured(losses: Tensor, regions: Collection[Region], names: Mapping[int, str]) -> list[str]:
     """Returns the names of the parameters that the losses use outside the captured regions.
 

@@ -103,9 +103,7 @@ class Conv(Rule):
         return by_chunks(
             call.size,
             places * window * call.g.element_size(),
-            lambda rows: product_norms(*parts.rows(rows).operands())
-            .view(-1, parts.groups)
-            .sum(1),
+            lambda rows: product_norms(*parts.rows(rows).operands()).view(-1, parts.groups).sum(1),
         )
 
     def weighted_sum(self, call: Call, name: str, weights: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dpsgd import PrivateStep, clipping, engines
 from dpsgd.noise import Gaussian
 
-CLASSES = [engines.Loop, engines.Hooks, engines.Vmap]
+CLASSES = [engines.Loop, engines.Ghost, engines.Hooks, engines.Vmap]
 
 
 def batch(*shape):
@@ -27,7 +27,7 @@ def agree(model, engine, x, loss=squares):
     torch.testing.assert_close(engine(model, loss)(x).materialize(), expected)
 
 
-@pytest.mark.parametrize("engine", [engines.Hooks, engines.Vmap])
+@pytest.mark.parametrize("engine", [engines.Ghost, engines.Hooks, engines.Vmap])
 def test_a_module_registered_twice_keeps_its_parameters_and_learns(engine):
     shared = nn.Linear(3, 3)
     model = nn.Sequential(nn.Linear(3, 3), shared, nn.Tanh(), shared).double()
@@ -59,7 +59,7 @@ def test_a_refused_model_still_has_its_own_parameters(engine):
     model(batch(4, 3)).sum().backward()
 
 
-@pytest.mark.parametrize("engine", [engines.Hooks, engines.Vmap])
+@pytest.mark.parametrize("engine", [engines.Ghost, engines.Hooks, engines.Vmap])
 def test_two_threads_on_one_model(engine):
     model = nn.Sequential(nn.Linear(3, 20), nn.Tanh(), nn.Linear(20, 2)).double()
     x = batch(6, 3)
@@ -92,7 +92,7 @@ class Flipped(nn.Module):
         return self.layer(x.flip(0)).flip(0)
 
 
-@pytest.mark.parametrize("name", [n for n in ENGINES if not n.startswith("vmap")])
+@pytest.mark.parametrize("name", [n for n in ENGINES if not n.startswith(("ghost", "vmap"))])
 def test_samples_in_another_order_are_noticed(name):
     with pytest.raises(ValueError, match="wrong per-sample gradients"):
         ENGINES[name](Flipped().double(), squares)(batch(4, 3))
@@ -177,7 +177,7 @@ def test_a_mode_that_changes_nothing_may_change():
     agree(nn.Linear(3, 2).double(), engines.Hooks, batch(4, 3), loss)
 
 
-@pytest.mark.parametrize("engine", [engines.Hooks, engines.Vmap, engines.Opacus])
+@pytest.mark.parametrize("engine", [engines.Ghost, engines.Hooks, engines.Vmap, engines.Opacus])
 def test_hooks_on_parameters_are_refused(engine):
     model = nn.Linear(3, 2).double()
     model.weight.register_hook(lambda grad: grad * 0)

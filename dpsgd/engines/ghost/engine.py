@@ -1,0 +1,172 @@
+"""The ghost engine: one forward, one backward, no per-sample gradient formed unless it is cheaper."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpsgd.engines.base import Engine, LossFn, check_no_parameter_hooks
+from dpsgd.engines.batch import Batch, Signature, check_losses, map_tensors, signature_of
+from dpsgd.engines.ghost.capture import Capture, Restart
+from dpsgd.engines.ghost.physical import Samples
+from dpsgd.engines.ghost.special import SPECIAL, Split
+from dpsgd.engines.ghost.tape import Tape
+from dpsgd.engines.ghost.taped import Part, TapedGrads
+from dpsgd.engines.graph import leaves
+from dpsgd.engines.probe import RandomState
+
+
+class Ghost(Engine):
+    """Exact clipping of any model from one forward and one backward pass, nothing replaced.
+
+    The loss runs once inside `torch.vmap`, which keeps the samples apart by construction, under a
+    function mode that captures every torch function in which samples meet weights, whatever module
+    it sits in. There the ordinary kernel runs on the whole batch with detached weights; one backward
+    pass records inputs and output gradients, from which norms and weighted sums follow.
+
+    Where samples disagree about control flow (`if mask.all()`), the batch is split and the parts run
+    on their own. What cannot be per sample is refused by name.
+
+    Raises:
+        ValueError: At a call, if the samples cannot be kept apart in some function, or the losses
+            use a parameter in a way that cannot be captured (TorchScript, custom functions).
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__(model, loss_fn)
+        self._complete: set[Any] = set()
+        self._batched_factories: set[Signature] = set()
+
+    def _compute(
+        self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
+    ) -> TapedGrads:
+        check_no_parameter_hooks(parameters)
+        device = next(iter(parameters.values())).device
+        parts = self._parts(batch, torch.arange(size, device=device), parameters)
+        _check_known(parts, parameters)
+        return TapedGrads(parts, parameters)
+
+    def _parts(
+        self, batch: Batch, rows: Tensor, parameters: Mapping[str, nn.Parameter]
+    ) -> list[Part]:
+        """Runs some rows of the batch, split where they disagree about control flow."""
+        try:
+            return [self._run(_take(batch, rows), rows, parameters)]
+        except Split as split:
+            groups = split.group.to(rows.device)
+        parts = []
+        for group in groups.unique():
+            parts += self._parts(batch, rows[groups == group], parameters)
+        return parts
+
+    def _run(self, batch: Batch, rows: Tensor, parameters: Mapping[str, nn.Parameter]) -> Part:
+        """Runs the loss on samples that agree, once more if it writes them into constants."""
+        signature = signature_of(batch)
+        state = RandomState(self.model)
+        try:
+            return self._capture(batch, rows, parameters)
+        except Restart:
+            self._batched_factories.add(signature)
+            state.restore()
+        return self._capture(batch, rows, parameters)
+
+    def _capture(self, batch: Batch, rows: Tensor, parameters: Mapping[str, nn.Parameter]) -> Part:
+        size, signature = len(rows), signature_of(batch)
+        tape = Tape(rows.device)
+
+        def run(one: Batch) -> Tensor:
+            capture = Capture(tape, Samples(size), SPECIAL, signature in self._batched_factories)
+            try:
+                with capture:
+                    losses = check_losses(self.loss_fn(self.model, one), 1)
+                physical = capture.samples.enter(capture.expand(losses))[:, 0]
+                self._check_complete(physical, tape, signature, parameters, capture.branched)
+                with capture:
+                    tape.backward(physical)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                raise ValueError(self._explained(error, capture)) from error
+            return capture.samples.leave(physical.detach())
+
+        losses = torch.vmap(run, randomness="different")(map_tensors(_as_one, batch))
+        return Part(rows, losses, tape.records, parameters)
+
+    def _check_complete(
+        self,
+        losses: Tensor,
+        tape: Tape,
+        signature: Signature,
+        parameters: Mapping[str, nn.Parameter],
+        branched: bool,
+    ) -> None:
+        """Raises if a parameter is still reachable in the graph, once per kind of call.
+
+        Captured functions get detached weights, so what the losses reach was not captured. Where
+        control flow depends on the data every call is its own kind.
+        """
+        modes = tuple(module.training for module in self.model.modules())
+        key = (signature, modes, frozenset(parameters))
+        if key in self._complete:
+            return
+        names = {id(p): name for name, p in parameters.items()}
+        missed = [names[id(leaf)] for leaf in leaves(losses) if id(leaf) in names]
+        if missed:
+            raise ValueError(
+                f"The losses use {missed} where engine=ghost does not see it (TorchScript, a custom "
+                "autograd.Function?). Use engine=loop, or write that part with torch functions."
+            )
+        if not branched:
+            self._complete.add(key)
+
+    def _explained(self, error: BaseException, capture: Capture) -> str:
+        function = getattr(capture.function, "__name__", "a function")
+        place = _place(error, self.model)
+        return (
+            f"engine=ghost cannot run '{function}'{place} with the samples kept apart: {error} Use "
+            "engine=loop, which runs each sample on its own."
+        )
+
+
+def _take(batch: Batch, rows: Tensor) -> Batch:
+    def take(x: Tensor) -> Tensor:
+        return x if len(x) == len(rows) else x[rows.to(x.device)]
+
+    return map_tensors(take, batch)
+
+
+def _as_one(x: Tensor) -> Tensor:
+    """[B, ...] as [B, 1, ...]: a batch of one for each sample."""
+    return x.unsqueeze(1)
+
+
+def _place(error: BaseException, model: nn.Module) -> str:
+    """Where in the model an error came from, " in 'layers.3' (Gate)", if anywhere."""
+    paths = {id(module): path for path, module in model.named_modules() if path}
+    place = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if id(module) in paths:
+            place = f" in '{paths[id(module)]}' ({type(module).__name__})"
+    return place
+
+
+def _check_known(parts: list[Part], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises if the losses use a trainable tensor that may be a parameter in disguise.
+
+    Raises:
+        ValueError: If there is one while some parameter seems unused.
+    """
+    unused = [name for name in parameters if not any(part.uses[name] for part in parts)]
+    foreign = [leaf for part in parts for leaf in part.foreign]
+    if unused and foreign:
+        raise ValueError(
+            f"The losses use a trainable tensor {list(foreign[0].shape)} that is no parameter of "
+            f"the model, while {unused} seem unused. If it is a parameter in disguise (sharded, "
+            "copied), give the engine the module that owns it; if it is not trained, call "
+            "requires_grad_(False) on it."
+        )

@@ -1,0 +1,104 @@
+"""What one forward and backward pass leave behind: the calls in which samples met weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from dpsgd.engines.ghost.opened import opened
+from dpsgd.rules import Call, Rule
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is known of a call before the backward pass.
+
+    Attributes:
+        rule: The rule of the function.
+        arguments: All arguments but those that belong to samples; weights as they were given.
+        samples: Names of the arguments that belong to samples.
+        wanted: Names of the arguments whose gradients are wanted.
+    """
+
+    rule: Rule
+    arguments: Mapping[str, Any]
+    samples: tuple[str, ...]
+    wanted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One call with its output gradient."""
+
+    site: Site
+    call: Call
+
+
+class Tape:
+    """Collects the records of one backward pass.
+
+    Attributes:
+        anchor: A leaf that every tapped output depends on: what the backward pass is asked for.
+        records: The calls that the losses depend on, once the backward pass is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.records: list[Record] = []
+        self._running = False
+
+    def backward(self, losses: Tensor) -> None:
+        """Runs the one backward pass from the losses [B] of independent samples."""
+        if not losses.requires_grad:
+            return
+        self._running = True
+        total = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+        # opened: function modes must be on for checkpoints to recompute, but not see this call
+        opened(torch.autograd.grad)(total, self.anchor, allow_unused=True)
+
+    def note(self, site: Site, saved: tuple[Tensor, ...], g: Tensor) -> None:
+        """Adds a record.
+
+        Raises:
+            ValueError: If it is not this tape's own backward pass that runs.
+        """
+        if not self._running:
+            raise ValueError(DIFFERENTIATES)
+        samples = {name: x.detach() for name, x in zip(site.samples, saved, strict=True)}
+        call = Call({**site.arguments, **samples}, frozenset(site.samples), g.detach())
+        self.records.append(Record(site, call))
+
+
+DIFFERENTIATES = (
+    "Expected a loss that does not differentiate inside (torch.autograd.grad or backward in the "
+    "model or loss function), which engine=ghost cannot follow. Use engine=loop."
+)
+
+
+class Tap(torch.autograd.Function):
+    """The identity; its backward notes what the call saved and the gradient of its output.
+
+    What is saved goes through autograd, so that checkpoints recompute it, hooks on saved tensors
+    see it, and a change in place is noticed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, output: Tensor, anchor: Tensor, tape: Tape, site: Site, *saved: Tensor
+    ) -> Tensor:
+        """Returns the output as a tensor of its own, which may be changed in place."""
+        ctx.tape, ctx.site = tape, site  # type: ignore[attr-defined]
+        ctx.save_for_backward(*saved)
+        return torch.ops.aten._unsafe_view(output, output.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Notes the call and passes the gradient on."""
+        saved = ctx.saved_tensors  # once: reading it again would recompute a checkpoint again
+        ctx.tape.note(ctx.site, saved, g)
+        return (g, None, None, None, *(None for _ in saved))

@@ -1,0 +1,260 @@
+"""Per-sample gradients from tapes: norms and sums from inputs and output gradients of calls."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpsgd.engines.ghost.capture import EXPANDED
+from dpsgd.engines.ghost.sources import Source, disjoint, sources_of
+from dpsgd.engines.ghost.tape import Record
+from dpsgd.engines.grads import PerSampleGrads
+from dpsgd.rules import Call, Rule
+from dpsgd.rules.rows import by_chunks, squared_norms, weighted_rows
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter: a captured call, which argument it took, and from where."""
+
+    rule: Rule
+    call: Call
+    argument: str
+    source: Source
+
+    @property
+    def bytes_held(self) -> int:
+        """What the call holds of the samples."""
+        tensors = [self.call.g, *(self.call[name] for name in self.call.samples)]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def wide(self) -> Call:
+        """The call in the precision that norms and sums are taken in, float32 at least."""
+        return self.call.to(torch.promote_types(self.source.weight.dtype, torch.float32))
+
+    def formed(self, call: Call) -> Tensor:
+        """The gradients of the parameter for the samples of `call`, [b, *parameter.shape]."""
+        return self.source.pull(self.rule.materialize(call, self.argument))
+
+    def route(self) -> str:
+        """How the gradient comes about, in words."""
+        how = "expanded" if self.rule is EXPANDED else type(self.rule).__name__.lower()
+        return how if self.source.view else f"computed, {how}"
+
+
+class Part:
+    """Samples that went through the loss together, and the uses of each parameter.
+
+    Attributes:
+        rows: Their places in the batch [b].
+        losses: Their losses [b].
+        uses: The uses of each parameter.
+        foreign: Trainable leaves that the losses use and that are no parameters.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        losses: Tensor,
+        records: Sequence[Record],
+        parameters: Mapping[str, nn.Parameter],
+    ) -> None:
+        self.rows = rows
+        self.losses = losses
+        self.shapes = {name: p.shape for name, p in parameters.items()}
+        self.uses: dict[str, list[Use]] = {name: [] for name in parameters}
+        self.foreign: list[Tensor] = []
+        self._formed: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+        names = {id(p): name for name, p in parameters.items()}
+        known: dict[int, tuple[list[Source], list[Tensor]]] = {}
+        for record in records:
+            for argument in record.site.wanted:
+                weight = record.call[argument]
+                if id(weight) not in known:
+                    known[id(weight)] = sources_of(weight, names)
+                    self.foreign += known[id(weight)][1]
+                for source in known[id(weight)][0]:
+                    use = Use(record.site.rule, record.call, argument, source)
+                    self.uses[source.name].append(use)
+        self.uses = {name: _merged(uses) for name, uses in self.uses.items()}
+
+    def squared_norms(self, name: str) -> Tensor:
+        """Squared norms of the gradients of one parameter, [b]."""
+        if name not in self._squares:
+            self._squares[name] = self._norms(name)
+        return self._squares[name]
+
+    def weighted_sum(self, name: str, weights: Tensor) -> Tensor:
+        """The sum of the gradients of one parameter, weighted by [b]; 0 on what is not finite."""
+        usable = torch.isfinite(self.squared_norms(name))
+        index = None if usable.all() else usable.nonzero()[:, 0]
+        if name in self._formed:
+            return weighted_rows(weights, self._formed[name], index)
+        total: Tensor | None = None
+        for use in self.uses[name]:
+            call = use.wide()
+            own = weights if index is None else weights[index]
+            call = call if index is None else call.rows(index)
+            part = use.rule.weighted_sum(call, use.argument, own)
+            part = part.view(use.source.weight.shape)
+            part = use.source.pull(part[None])[0]
+            total = part if total is None else total + part
+        return self._zeros(name) if total is None else total
+
+    def materialize(self, name: str) -> Tensor:
+        """The gradients of one parameter, [b, *shape]."""
+        if name in self._formed:
+            return self._formed[name]
+        return self._form(name, slice(None))
+
+    def _norms(self, name: str) -> Tensor:
+        uses = self.uses[name]
+        if not uses:
+            return self.losses.new_zeros(len(self.rows), dtype=torch.float64)
+        size = len(self.rows) * self.shapes[name].numel() * uses[0].call.g.element_size()
+        if size <= sum(use.bytes_held for use in uses):
+            self._formed[name] = self._form(name, slice(None))  # no larger than what it replaces
+            return squared_norms(self._formed[name])
+        return self._norms_unformed(uses) if self._separable(uses) else self._norms_formed(name)
+
+    def _separable(self, uses: Sequence[Use]) -> bool:
+        """Whether the norms of the uses are those of their weights."""
+        return all(use.source.view for use in uses)
+
+    def _norms_unformed(self, uses: Sequence[Use]) -> Tensor:
+        calls = [use.wide() for use in uses]
+        squares = [u.rule.squared_norms(c, u.argument) for u, c in zip(uses, calls)]
+        total = torch.stack(squares).sum(0)
+        if len(uses) == 1 or disjoint([use.source for use in uses]):
+            return total
+        crosses = []
+        for (u, c), (v, d) in itertools.combinations(zip(uses, calls), 2):
+            if not (u.source.same and v.source.same):
+                return self._norms_formed(u.source.name)
+            cross = u.rule.cross(c, u.argument, v.rule, d, v.argument)
+            if cross is None:
+                cross = v.rule.cross(d, v.argument, u.rule, c, u.argument)
+            if cross is None:
+                return self._norms_formed(u.source.name)
+            crosses.append(cross)
+        return self._unless_cancelled(uses[0].source.name, total, 2 * torch.stack(crosses).sum(0))
+
+    def _unless_cancelled(self, name: str, alone: Tensor, crossed: Tensor) -> Tensor:
+        """alone + crossed, formed instead where that cancels: a norm is never under-estimated."""
+        squares = alone + crossed
+        dtype = torch.promote_types(self.losses.dtype, torch.float32)
+        error = 100 * torch.finfo(dtype).eps * alone
+        doubtful = ~(squares > 1e3 * error)
+        if not doubtful.any():
+            return squares + error
+        formed = self._norms_formed(name, doubtful.nonzero()[:, 0])
+        return (squares + error).masked_scatter(doubtful, formed)
+
+    def _norms_formed(self, name: str, rows: Tensor | None = None) -> Tensor:
+        index = torch.arange(len(self.rows)) if rows is None else rows
+        each = self.shapes[name].numel() * self.uses[name][0].call.g.element_size()
+        return by_chunks(len(index), each, lambda s: squared_norms(self._form(name, index[s])))
+
+    def _form(self, name: str, rows: slice | Tensor) -> Tensor:
+        total: Tensor | None = None
+        for use in self.uses[name]:
+            call = use.wide().rows(rows)
+            formed = use.formed(call)
+            total = formed if total is None else total + formed
+        if total is None:
+            return self._zeros(name).expand(len(self.rows), *self.shapes[name])[rows]
+        return total
+
+    def _zeros(self, name: str) -> Tensor:
+        dtype = torch.promote_types(self.losses.dtype, torch.float32)
+        return self.losses.new_zeros(self.shapes[name], dtype=dtype)
+
+
+class TapedGrads(PerSampleGrads):
+    """Per-sample gradients held as what captured calls saved and the gradients of their outputs.
+
+    Norms come from these pairs without forming the gradients where that is less work, the weighted
+    sum from one contraction of inputs with re-weighted output gradients (book-keeping: Bu et al.
+    2022, arXiv:2210.00038).
+    """
+
+    def __init__(self, parts: Sequence[Part], parameters: Mapping[str, nn.Parameter]) -> None:
+        shapes = {name: p.shape for name, p in parameters.items()}
+        super().__init__(shapes, sum(len(part.rows) for part in parts))
+        self._parts = list(parts)
+        self._order = torch.cat([part.rows for part in parts]).argsort()
+
+    def routes(self) -> dict[str, str]:
+        """Returns for each parameter how its gradients come about, in words."""
+        self._check_alive()
+        words: dict[str, dict[str, None]] = {name: {} for name in self._shapes}
+        for part in self._parts:
+            for name, uses in part.uses.items():
+                words[name].update(dict.fromkeys(use.route() for use in uses))
+        return {name: " + ".join(found) or "unused" for name, found in words.items()}
+
+    def _losses(self) -> Tensor:
+        return self._gathered([part.losses for part in self._parts])
+
+    def _squared_norms(self) -> Mapping[str, Tensor]:
+        return self._of_each(lambda part, name: part.squared_norms(name))
+
+    def _weighted_sum(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with self._plainly():
+            return {
+                name: torch.stack(
+                    [part.weighted_sum(name, column[part.rows]) for part in self._parts]
+                ).sum(0)
+                if len(self._parts) > 1
+                else self._parts[0].weighted_sum(name, column)
+                for name, column in columns.items()
+            }
+
+    def _materialize(self) -> Mapping[str, Tensor]:
+        return self._of_each(lambda part, name: part.materialize(name))
+
+    def _release(self) -> None:
+        self._parts = []
+
+    def _of_each(self, what: Callable[[Part, str], Tensor]) -> dict[str, Tensor]:
+        with self._plainly():
+            return {
+                name: self._gathered([what(part, name) for part in self._parts])
+                for name in self._shapes
+            }
+
+    def _gathered(self, values: Sequence[Tensor]) -> Tensor:
+        return values[0] if len(values) == 1 else torch.cat(list(values))[self._order]
+
+    def _plainly(self) -> Any:
+        return _plainly(self._parts[0].losses.device.type)
+
+
+@contextmanager
+def _plainly(device: str) -> Iterator[None]:
+    """Without gradients, autocast or inference mode, whatever is on around."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+
+
+def _merged(uses: Sequence[Use]) -> list[Use]:
+    """The uses with those in one that take the same weight by the same rule."""
+    groups: dict[Any, list[Use]] = {}
+    for use in uses:
+        weight = use.source.parameter if use.source.same else use.source.weight
+        groups.setdefault((use.rule, use.argument, id(weight)), []).append(use)
+    merged = []
+    for alike in groups.values():
+        first = alike[0]
+        call = None
+        if len(alike) > 1:
+            call = first.rule.merge([use.call for use in alike], first.argument)
+        merged += alike if call is None else [replace(first, call=call)]
+    return merged
