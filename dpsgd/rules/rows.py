@@ -21,7 +21,7 @@ def squared_norms(grads: Tensor) -> Tensor:
     throughout: a norm is never under-estimated, and 1e30 is not infinite.
     """
     wide = _wide(grads)
-    rows = grads.flatten(1)
+    rows = grads[:, None].flatten(1)
     whole = rows.shape[1] // _PIECE * _PIECE
     dtype = torch.promote_types(grads.dtype, torch.float32)
     squares = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype).to(wide).square()
@@ -42,7 +42,7 @@ def weighted_rows(weights: Tensor, grads: Tensor, usable: Tensor | None = None) 
     dtype = torch.promote_types(grads.dtype, torch.float32)
     if usable is not None:
         weights, grads = weights[usable], grads[usable]
-    flat = weights.to(dtype) @ grads.flatten(1).to(dtype)
+    flat = weights.to(dtype) @ grads[:, None].flatten(1).to(dtype)
     return flat.view(grads.shape[1:])
 
 

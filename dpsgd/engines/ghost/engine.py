@@ -85,8 +85,7 @@ class Ghost(Engine):
                     losses = check_losses(self.loss_fn(self.model, one), 1)
                 physical = capture.samples.enter(capture.expand(losses))[:, 0]
                 self._check_complete(physical, tape, signature, parameters, capture.branched)
-                with capture:
-                    tape.backward(physical)
+                tape.backward(physical, capture)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:

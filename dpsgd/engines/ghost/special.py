@@ -44,7 +44,7 @@ def agreed(capture: Capture, x: Tensor) -> Tensor:
     with outside_vmap(), torch.no_grad():
         values = capture.samples.enter(x).detach()
         if not (values == values[:1]).all() and len(values) > 1:
-            _, group = values.cpu().flatten(1).unique(dim=0, return_inverse=True)
+            _, group = values.cpu()[:, None].flatten(1).unique(dim=0, return_inverse=True)
             raise Split(group)
         return values[0].clone()
 

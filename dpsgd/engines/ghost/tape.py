@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.overrides import TorchFunctionMode
 
 from dpsgd.engines.ghost.opened import opened
 from dpsgd.rules import Call, Rule
@@ -52,14 +53,20 @@ class Tape:
         self.records: list[Record] = []
         self._running = False
 
-    def backward(self, losses: Tensor) -> None:
-        """Runs the one backward pass from the losses [B] of independent samples."""
+    def backward(self, losses: Tensor, mode: TorchFunctionMode) -> None:
+        """Runs the one backward pass from the losses [B] of independent samples.
+
+        Args:
+            losses: The losses, attached to their graph.
+            mode: On meanwhile, so that checkpoints recompute under it.
+        """
         if not losses.requires_grad:
             return
         self._running = True
         total = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
-        # opened: function modes must be on for checkpoints to recompute, but not see this call
-        opened(torch.autograd.grad)(total, self.anchor, allow_unused=True)
+        seed = torch.ones_like(total)
+        with mode:  # opened, so that the mode does not see this call itself
+            opened(torch.autograd.grad)(total, self.anchor, seed, allow_unused=True)
 
     def note(self, site: Site, saved: tuple[Tensor, ...], g: Tensor) -> None:
         """Adds a record.
