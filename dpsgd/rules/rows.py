@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+CHUNK_BYTES = 32 << 20
+"""How much memory gradients that are formed in passing may take at a time."""
+
+GRAM_SHARE = 1.0
+"""Gram matrices are taken where 2 T^2 <= GRAM_SHARE * p * d, that is where they are smaller."""
+
 _PIECE = 4096
 _TINY = 1e-20
-_CHUNK_BYTES = 32 << 20
 _DOUBT = 1e-3
 
 
@@ -48,7 +53,7 @@ def weighted_rows(weights: Tensor, grads: Tensor, usable: Tensor | None = None) 
 
 def chunks(size: int, bytes_per_row: int) -> Iterator[slice]:
     """Yields slices of `size` rows that together hold at most some 32 MiB, one row at least."""
-    step = max(1, _CHUNK_BYTES // max(1, bytes_per_row))
+    step = max(1, CHUNK_BYTES // max(1, bytes_per_row))
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))
 
@@ -73,7 +78,7 @@ def product_norms(a: Tensor, g: Tensor) -> Tensor:
     if positions == 1:
         return squared_norms(a) * squared_norms(g)
     spread = _spread(a, g)
-    if 2 * positions**2 > d * p:
+    if 2 * positions**2 > GRAM_SHARE * d * p:
         return _formed_norms(a, g, spread)
     squares = by_chunks(
         len(a), 2 * positions**2 * a.element_size(), lambda rows: _gram_norms(a[rows], g[rows])

@@ -77,7 +77,7 @@ class Source:
                     for row in rows
                 ]
                 pulled = torch.stack(each)
-        return pulled.to(grads.dtype)
+        return pulled.to(torch.promote_types(pulled.dtype, torch.float32))
 
 
 def sources_of(weight: Tensor, names: Mapping[int, str]) -> tuple[list[Source], list[Tensor]]:

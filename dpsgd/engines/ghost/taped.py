@@ -18,6 +18,9 @@ from dpsgd.engines.grads import PerSampleGrads
 from dpsgd.rules import Call, Rule
 from dpsgd.rules.rows import by_chunks, squared_norms, weighted_rows
 
+KEPT_SHARE = 1.0
+"""Gradients are formed and kept where they take at most this share of what calls hold anyway."""
+
 
 @dataclass(frozen=True)
 class Use:
@@ -119,7 +122,7 @@ class Part:
         if not uses:
             return self.losses.new_zeros(len(self.rows), dtype=torch.float64)
         size = len(self.rows) * self.shapes[name].numel() * uses[0].call.g.element_size()
-        if size <= sum(use.bytes_held for use in uses):
+        if size <= KEPT_SHARE * sum(use.bytes_held for use in uses):
             self._formed[name] = self._form(name, slice(None))  # no larger than what it replaces
             return squared_norms(self._formed[name])
         return self._norms_unformed(uses) if self._separable(uses) else self._norms_formed(name)
