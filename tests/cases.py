@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import zoo
 from dpsgd import engines
 
 ENGINES: Mapping[str, Callable[..., engines.Engine]] = {
@@ -353,6 +354,152 @@ CASES = [
         normal(4),
     ),
 ]
+
+
+def decayed(model: Any, x: Tensor) -> Tensor:
+    """A loss with an auxiliary term that depends on the parameters alone."""
+    return squares(model, x) + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+def several_forwards(model: Any, x: Tensor) -> Tensor:
+    """A loss of two forward passes."""
+    return (model(x) * model(x.flip(1))).flatten(1).sum(1) + squares(model, x)
+
+
+def deep(model: Any, x: Tensor) -> Tensor:
+    """A loss with a term for each layer's output."""
+    total = 0.0
+    for layer in model:
+        x = layer(x)
+        total = total + x.flatten(1).square().mean(1)
+    return total
+
+
+def masked_language(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """A loss averaged over each sample's own unmasked tokens."""
+    logits = model(batch["ids"])
+    losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+    return (losses * batch["mask"]).sum(1) / batch["mask"].sum(1)
+
+
+def teacher_and_student(model: Any, x: Tensor) -> Tensor:
+    """A loss that compares a trained part with one whose output is detached."""
+    return (model[0](x) - model[1](x).detach()).square().sum(1) + model[2](x).square().sum(1)
+
+
+ZOO = [
+    Case("self_attention", zoo.self_attention, normal(3, 4)),
+    Case("self_attention_mask", lambda: zoo.self_attention(mask=True), normal(3, 4)),
+    Case(
+        "self_attention_all_options",
+        lambda: zoo.self_attention(add_bias_kv=True, add_zero_attn=True, bias=False),
+        normal(3, 4),
+    ),
+    Case("cross_attention", zoo.cross_attention, normal(3, 4)),
+    Case("causal_attention", zoo.causal_attention, normal(3, 4)),
+    Case("encoder", zoo.encoder, normal(3, 4)),
+    Case("encoder_norm_first", lambda: zoo.encoder(norm_first=True, bias=False), normal(3, 4)),
+    Case("padded_encoder", zoo.padded_encoder, ids(5)),
+    Case("encoder_decoder", zoo.encoder_decoder, normal(3, 4)),
+    Case("rotary_attention", zoo.rotary_attention, normal(4, 8)),
+    Case("relative_positions", zoo.relative_positions, normal(4, 4)),
+    *(
+        Case(
+            f"{kind.__name__.lower()}_{name}",
+            lambda kind=kind, options=options: zoo.recurrent(kind, **options),
+            normal(5, 4),
+        )
+        for kind in (nn.LSTM, nn.GRU, nn.RNN)
+        for name, options in (
+            ("batch_first", {"batch_first": True}),
+            ("deep_bidirectional", {"num_layers": 2, "bidirectional": True}),
+            ("no_bias", {"bias": False, "batch_first": True, "bidirectional": True}),
+        )
+    ),
+    Case(
+        "lstm_projection",
+        lambda: zoo.recurrent(nn.LSTM, proj_size=2, num_layers=2, bidirectional=True),
+        normal(5, 4),
+    ),
+    Case("rnn_relu", lambda: zoo.recurrent(nn.RNN, nonlinearity="relu"), normal(5, 4)),
+    Case("lstm_learned_state", zoo.stateful_lstm, normal(5, 4)),
+    *(
+        Case(
+            f"packed_{kind.__name__.lower()}",
+            lambda kind=kind: zoo.packed(kind, bidirectional=True, num_layers=2),
+            ids(4),
+        )
+        for kind in (nn.LSTM, nn.GRU, nn.RNN)
+    ),
+    *(
+        Case(kind.__name__.lower(), lambda kind=kind: zoo.cells(kind), normal(3, 4))
+        for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+    ),
+    Case("linear_recurrence", zoo.linear_recurrence, normal(4, 4)),
+    Case("state_space", zoo.state_space, normal(5, 4)),
+    Case("vision_transformer", zoo.vision_transformer, normal(2, 4, 4)),
+    Case("conv1d_of_gpt2", zoo.conv1d_of_gpt2, normal(3, 4)),
+    Case("flattened_either_way", zoo.flattened_either_way, normal(5, 4)),
+    Case("frames", zoo.frames, normal(3, 2, 4, 4)),
+    Case("without_batch", zoo.without_batch, normal(2, 3, 3)),
+    Case("products", zoo.products, normal(3, 4)),
+    Case("elementwise", zoo.elementwise, normal(3, 4)),
+    Case("slices", zoo.slices, normal(4)),
+    Case("tied_transposed", zoo.tied_transposed, ids(5)),
+    Case("tied_convolution", zoo.tied_convolution, normal(3, 4, 4)),
+    Case("standardised", lambda: nn.Sequential(zoo.StandardisedConv(2, 3, 2)), normal(2, 4, 4)),
+    Case("weight_norms", zoo.weight_normed, normal(4, 5)),
+    Case("weight_normed_lstm", lambda: zoo.weight_normed(True), normal(5, 4)),
+    Case("spectral_norm_eval", zoo.spectral_normed, normal(4)),
+    Case("low_rank", lambda: zoo.LowRank(False), normal(3, 4)),
+    Case("low_rank_merged", lambda: zoo.LowRank(True), normal(3, 4)),
+    Case("hyper_network", zoo.hyper_network, normal(3, 4)),
+    Case("mixture_of_experts", zoo.mixture, normal(4)),
+    Case("branches", zoo.branches, normal(4)),
+    Case("buffers_written", zoo.buffers_written, normal(3, 4)),
+    Case("checkpointed", zoo.checkpointed, normal(3, 4)),
+    Case("checkpointed_nested", lambda: zoo.checkpointed(nested=True), normal(3, 4)),
+    Case("spectral_filter", zoo.spectral_filter, normal(5, 4)),
+    Case("rms_norm_by_hand", zoo.rms_by_hand, normal(3, 4)),
+    Case("nested_transform", zoo.nested_transform, normal(3, 4)),
+    Case(
+        "batch_norm_eval",
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)).eval(),
+        normal(2, 4, 4),
+    ),
+    Case("decayed", lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh()), normal(4), loss=decayed),
+    Case(
+        "several_forwards",
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh()),
+        normal(3, 4),
+        loss=several_forwards,
+    ),
+    Case(
+        "deep_supervision",
+        lambda: nn.Sequential(nn.Conv1d(4, 3, 2), nn.ELU(), nn.Conv1d(3, 3, 2)),
+        normal(4, 6),
+        loss=deep,
+    ),
+    Case(
+        "masked_language",
+        zoo.tied_transposed,
+        lambda size: {
+            "ids": torch.randint(7, (size, 6)),
+            "labels": torch.randint(7, (size, 6)),
+            "mask": (torch.arange(6) <= torch.arange(size)[:, None]).float(),
+        },
+        loss=masked_language,
+    ),
+    Case(
+        "teacher_and_student",
+        lambda: nn.ModuleList(nn.Linear(4, 3) for _ in range(3)),
+        normal(4),
+        loss=teacher_and_student,
+    ),
+    Case("everything", zoo.everything, ids(4)),
+]
+"""Models that no layer-wise engine covers: the ghost engine must be exact on all of them, every
+other engine exact or refuse."""
 
 
 BAG = "drops repeated ids"

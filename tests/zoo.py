@@ -101,7 +101,9 @@ def stateful_lstm() -> nn.Module:
         states = tuple(s.expand(1, len(x), -1).contiguous() for s in (m.h, m.c))
         return m.rnn(x, states)[0]
 
-    return Call(run, rnn=nn.LSTM(4, 3, batch_first=True), h=parameter(1, 1, 3), c=parameter(1, 1, 3))
+    return Call(
+        run, rnn=nn.LSTM(4, 3, batch_first=True), h=parameter(1, 1, 3), c=parameter(1, 1, 3)
+    )
 
 
 def packed(kind: type[nn.RNNBase], **options: Any) -> nn.Module:

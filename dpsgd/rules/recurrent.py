@@ -70,7 +70,7 @@ class GateGradients:
 
 
 def lstm(w: Weights, steps: Steps, g: Tensor, g_cell: Tensor | None) -> GateGradients:
-    """Goes back through an LSTM (Hochreiter & Schmidhuber 1997).
+    """Goes back through an LSTM (Hochreiter & Schmidhuber 1997), step by step to stay in cache.
 
     Args:
         w: Weights.
@@ -78,79 +78,82 @@ def lstm(w: Weights, steps: Steps, g: Tensor, g_cell: Tensor | None) -> GateGrad
         g: Gradient of the outputs [T, R, P], the last one including that of the last state.
         g_cell: Gradient of the last cell state [R, H].
     """
-    i, f, n, o = _maps(w, steps).chunk(4, -1)
-    i, f, n, o = i.sigmoid(), f.sigmoid(), n.tanh(), o.sigmoid()
+    gates = _map(steps.x, w.inputs, w.input_bias)
+    gates.flatten(0, 1).addmm_(steps.before.flatten(0, 1), w.states.T)
+    gates = (gates if w.state_bias is None else gates.add_(w.state_bias)).unflatten(2, (4, -1))
     assert steps.cell is not None
-    cells, added = [steps.cell], i * n
-    for t in range(len(f)):
-        cells.append(torch.addcmul(added[t], f[t], cells[-1]))
-    c_before, squashed = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh()
-    through = o * (1 - squashed.square())
-    of_cell = torch.stack([n * i * (1 - i), c_before * f * (1 - f), i * (1 - n.square())], 2)
-    of_output = squashed * o * (1 - o)
-    gates = g.new_empty(*g.shape[:2], 4, i.shape[-1])
-    outputs = torch.empty_like(g)
-    dh, dc = torch.zeros_like(g[0]), torch.zeros_like(f[0]) if g_cell is None else g_cell
+    cells = gates.new_empty(len(gates) + 1, *gates.shape[1::2])
+    cells[0] = steps.cell
+    for t, (i_f, n, o) in enumerate(zip(gates[:, :, :2], gates[:, :, 2], gates[:, :, 3])):
+        i_f.sigmoid_(), n.tanh_(), o.sigmoid_()
+        torch.addcmul(i_f[:, 0] * n, i_f[:, 1], cells[t], out=cells[t + 1])
+    back, outputs = torch.empty_like(gates), torch.empty_like(g)
+    hidden = None if w.projection is None else torch.empty_like(cells[1:])
+    dh, dc = torch.zeros_like(g[0]), torch.zeros_like(cells[0]) if g_cell is None else g_cell
     for t in reversed(range(len(g))):
+        i, f, n, o = gates[t].unbind(1)
+        squashed = cells[t + 1].tanh()
         dh = torch.add(g[t], dh, out=outputs[t])
-        hidden = dh if w.projection is None else dh @ w.projection
-        dc = torch.addcmul(dc, hidden, through[t])
-        torch.mul(of_cell[t], dc[:, None], out=gates[t, :, :3])
-        torch.mul(of_output[t], hidden, out=gates[t, :, 3])
-        dh, dc = gates[t].flatten(1) @ w.states, dc * f[t]
-    projection = None if w.projection is None else (o * squashed, outputs)
-    gates = gates.flatten(2)
-    return GateGradients(gates, gates, dh, dc, projection)
+        du = dh if w.projection is None else dh @ w.projection
+        if hidden is not None:
+            torch.mul(o, squashed, out=hidden[t])
+        dc = dc + _of_tanh(du * o, squashed)
+        back[t, :, 0] = _of_sigmoid(dc * n, i)
+        back[t, :, 1] = _of_sigmoid(dc * cells[t], f)
+        back[t, :, 2] = _of_tanh(dc * i, n)
+        back[t, :, 3] = _of_sigmoid(du * squashed, o)
+        dh, dc = back[t].flatten(1) @ w.states, dc * f
+    back = back.flatten(2)
+    return GateGradients(back, back, dh, dc, None if hidden is None else (hidden, outputs))
 
 
 def gru(w: Weights, steps: Steps, g: Tensor, g_cell: Tensor | None) -> GateGradients:
     """Goes back through a GRU (Cho et al. 2014, arXiv:1406.1078) in PyTorch's form; see `lstm`."""
-    r, z, n = _map(steps.x, w.inputs, w.input_bias).chunk(3, -1)
-    r_state, z_state, n_state = _map(steps.before, w.states, w.state_bias).chunk(3, -1)
-    r, z = (r + r_state).sigmoid(), (z + z_state).sigmoid()
-    n = torch.addcmul(n, r, n_state).tanh()
-    of_n = (1 - z) * (1 - n.square())
-    of_z = (steps.before - n) * z * (1 - z)
-    of_r = of_n * n_state * r * (1 - r)
-    factors = torch.stack([of_r, of_z, of_n], 2)
-    of_state = torch.stack([of_r, of_z, of_n * r], 2)
-    outputs, gates = torch.empty_like(g), torch.empty_like(of_state)
+    of_inputs = _map(steps.x, w.inputs, w.input_bias).unflatten(2, (3, -1))
+    of_states = _map(steps.before, w.states, w.state_bias).unflatten(2, (3, -1))
+    inputs, states = torch.empty_like(of_inputs), torch.empty_like(of_states)
     dh = torch.zeros_like(g[0])
     for t in reversed(range(len(g))):
-        dh = torch.add(g[t], dh, out=outputs[t])
-        torch.mul(of_state[t], dh[:, None], out=gates[t])
-        dh = torch.addcmul(gates[t].flatten(1) @ w.states, dh, z[t])
-    return GateGradients((factors * outputs[:, :, None]).flatten(2), gates.flatten(2), dh)
+        r, z = (of_inputs[t, :, :2] + of_states[t, :, :2]).sigmoid_().unbind(1)
+        n_state, before = of_states[t, :, 2], steps.before[t]
+        n = torch.addcmul(of_inputs[t, :, 2], r, n_state).tanh_()
+        dh = g[t] + dh
+        dn = _of_tanh(dh * (1 - z), n)
+        inputs[t, :, 0] = _of_sigmoid(dn * n_state, r)
+        inputs[t, :, 1] = _of_sigmoid(dh * (before - n), z)
+        inputs[t, :, 2] = dn
+        states[t, :, :2] = inputs[t, :, :2]
+        states[t, :, 2] = dn * r
+        dh = torch.addcmul(states[t].flatten(1) @ w.states, dh, z)
+    return GateGradients(inputs.flatten(2), states.flatten(2), dh)
 
 
 def _elman(
-    slope: Callable[[Tensor], Tensor],
+    nonlinearity: Callable[[Tensor, Tensor], Tensor],
 ) -> Callable[[Weights, Steps, Tensor, Tensor | None], GateGradients]:
     def back(w: Weights, steps: Steps, g: Tensor, g_cell: Tensor | None) -> GateGradients:
         """Goes back through a simple recurrent network (Elman 1990); see `lstm`."""
-        slopes, gates = slope(steps.after), torch.empty_like(g)
-        dh = torch.zeros_like(g[0])
+        gates, dh = torch.empty_like(g), torch.zeros_like(g[0])
         for t in reversed(range(len(g))):
-            torch.mul(g[t] + dh, slopes[t], out=gates[t])
+            gates[t] = nonlinearity(g[t] + dh, steps.after[t])
             dh = gates[t] @ w.states
         return GateGradients(gates, gates, dh)
 
     return back
 
 
+def _map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+_of_sigmoid: Callable[[Tensor, Tensor], Tensor] = torch.ops.aten.sigmoid_backward
+_of_tanh: Callable[[Tensor, Tensor], Tensor] = torch.ops.aten.tanh_backward
+
+
 BACKWARDS: Mapping[str, Callable[[Weights, Steps, Tensor, Tensor | None], GateGradients]] = {
     "lstm": lstm,
     "gru": gru,
-    "rnn_tanh": _elman(lambda h: 1 - h.square()),
-    "rnn_relu": _elman(lambda h: (h > 0).to(h.dtype)),
+    "rnn_tanh": _elman(_of_tanh),
+    "rnn_relu": _elman(lambda g, h: g * (h > 0)),
 }
 """How to go back, by the name of the torch function that goes forth."""
-
-
-def _maps(w: Weights, steps: Steps) -> Tensor:
-    """The gates before their nonlinearities, of all steps."""
-    return _map(steps.x, w.inputs, w.input_bias) + _map(steps.before, w.states, w.state_bias)
-
-
-def _map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)

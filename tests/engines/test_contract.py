@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, ENGINES, labelled_loss, squares
+from cases import CASES, ENGINES, ZOO, labelled_loss, squares
 from torch import nn
 
 from dpsgd import engines
@@ -364,7 +364,7 @@ def test_vmap_compiled_agrees():
 
 
 def test_case_names_are_unique():
-    assert len({case.name for case in CASES}) == len(CASES)
+    assert len({case.name for case in CASES + ZOO}) == len(CASES + ZOO)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

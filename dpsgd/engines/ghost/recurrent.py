@@ -183,11 +183,15 @@ class _Direction(torch.autograd.Function):
         steps = Steps(x.to(dtype), before, out.to(dtype), cell)
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
             back = BACKWARDS[ctx.kind](ctx.weights, steps, g, g_cell)
-            maps = [(steps.x, back.inputs), (before, back.states), back.projection]
-            for site, operands in zip(ctx.sites, maps):
+            gates = _by_sample(back.inputs, ctx.size)
+            again = back.states is back.inputs
+            gates_of_states = gates if again else _by_sample(back.states, ctx.size)
+            maps = [(steps.x, gates), (before, gates_of_states)]
+            if back.projection is not None:
+                maps.append((back.projection[0], _by_sample(back.projection[1], ctx.size)))
+            for site, (a, g_map) in zip(ctx.sites, maps):
                 if site is not None:
-                    a, g_map = (_by_sample(y, ctx.size) for y in operands)
-                    ctx.tape.note(site, (a,), g_map)
+                    ctx.tape.note(site, (_by_sample(a, ctx.size),), g_map)
             dx = (back.inputs @ ctx.weights.inputs).to(x.dtype)
         dc = None if c is None or back.cell is None else back.cell.to(c.dtype)
         return dx, back.first.to(h.dtype), dc, None, None, None, None, None, None
