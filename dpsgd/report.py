@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from dpsgd.plan import PrivacyPlan
 def final_report(
     plan: PrivacyPlan,
     engine: Engine,
+    routes: Mapping[str, str],
     *,
     max_grad_norm: float,
     steps_taken: int,
@@ -31,6 +33,7 @@ def final_report(
     Args:
         plan: The privacy plan.
         engine: The engine that was used.
+        routes: How it gets the gradients of each parameter.
         max_grad_norm: The clip norm.
         steps_taken: Releases made.
         test: Results on the test set.
@@ -54,6 +57,7 @@ def final_report(
         "interrupted": interrupted,
         "test": dict(test),
         "engine": type(engine).__name__,
+        "routes": dict(routes),
         "parameters": sum(p.numel() for p in engine.parameters.values()),
         "device": str(next(iter(engine.parameters.values())).device),
         "seconds": round(seconds, 3),
@@ -88,7 +92,8 @@ def summary(report: Mapping[str, Any], where: str) -> RenderableType:
     )
     steps = f"{report['steps']} of {report['planned_steps']}"
     table.add_row("steps", f"{steps} in {report['seconds']:.1f} s")
-    table.add_row("engine", f"{report['engine']} on {report['device']}")
+    ways = ", ".join(f"{way} {n}" for way, n in Counter(report["routes"].values()).items())
+    table.add_row("engine", f"{report['engine']} on {report['device']} (parameters: {ways})")
     table.add_row("saved in", where)
     return Group(banner(report["not_private_because"]), table) if not report["private"] else table
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dpsgd.checks import relative_gap, tolerance, without_dropout
-from dpsgd.engines import Batch, Engine, Hooks, Loop, LossFn, Opacus, Vmap
+from dpsgd.engines import Batch, Engine, Ghost, Hooks, Loop, LossFn, Opacus, Vmap
 from dpsgd.engines.batch import check_losses, map_tensors, size_of
 from dpsgd.engines.probe import RandomState
 
-ENGINES: tuple[type[Engine], ...] = (Hooks, Vmap, Opacus)
+ENGINES: tuple[type[Engine], ...] = (Ghost, Hooks, Vmap, Opacus)
 
 
 def assert_engines_agree(

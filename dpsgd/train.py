@@ -57,21 +57,21 @@ def train(config: DictConfig, path: Path, console: Console) -> dict[str, Any]:
     key = fixed_key(config)
     not_private = [] if key is None else [_KEY_FIXED]
     key = rng.fresh_key() if key is None else key
-    trainer = _prepare(config, key)
+    trainer, passed = _prepare(config, key)
     if not_private:
         console.print(banner(not_private))
     run = RunDirectory(path)
     run.keep_key(key)
     try:
         run.save_config(redacted(config))
-        report = _train(trainer, run, config, console, not_private)
+        report = _train(trainer, run, config, console, not_private, passed)
     finally:
         run.destroy_key()
     console.print(summary(report, str(path)))
     return report
 
 
-def _prepare(config: DictConfig, key: bytes) -> Trainer:
+def _prepare(config: DictConfig, key: bytes) -> tuple[Trainer, checks.Preflight]:
     """Builds and checks everything that a run needs."""
     place = placement(config)
     seed_everything(config.seed)
@@ -83,7 +83,7 @@ def _prepare(config: DictConfig, key: bytes) -> Trainer:
     if config.model.init_from is not None:
         load_weights(model, config.model.init_from)
     engine = parts["engine"](model, parts["loss"])
-    checks.preflight(engine, place.batch(checks.synthetic_batch(data, 4)))
+    passed = checks.preflight(engine, place.batch(checks.synthetic_batch(data, 4)))
     sampler = parts["sampler"](key=rng.derive(key, "sampler"))
     if not isinstance(sampler, Poisson):
         raise ValueError(f"Expected a Poisson sampler, got {type(sampler).__name__}.")
@@ -96,7 +96,7 @@ def _prepare(config: DictConfig, key: bytes) -> Trainer:
         noise_multiplier=plan.noise_multiplier,
         expected_batch_size=plan.expected_batch_size,
     )
-    return Trainer(
+    trainer = Trainer(
         step,
         sampler,
         data,
@@ -104,6 +104,7 @@ def _prepare(config: DictConfig, key: bytes) -> Trainer:
         physical_batch_size=config.trainer.physical_batch_size,
         evaluate_every=config.trainer.evaluate_every,
     )
+    return trainer, passed
 
 
 def _plan(config: DictConfig, sampler: Poisson) -> PrivacyPlan:
@@ -131,6 +132,7 @@ def _train(
     config: DictConfig,
     console: Console,
     not_private: list[str],
+    passed: checks.Preflight,
 ) -> dict[str, Any]:
     """Runs the trainer to its end or to Ctrl-C; saves the model either way."""
     with console.status("accounting: epsilon of every step"):
@@ -159,6 +161,7 @@ def _train(
     final = final_report(
         trainer.plan,
         trainer.step.engine,
+        passed.routes,
         max_grad_norm=trainer.step.clipping.sensitivity,
         steps_taken=steps,
         test=test,

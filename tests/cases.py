@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import Tensor, nn
 
-import zoo
 from dpsgd import engines
 
 ENGINES: Mapping[str, Callable[..., engines.Engine]] = {

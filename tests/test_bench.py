@@ -140,7 +140,7 @@ def test_a_mistake_in_the_memory_process_is_shown():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("bench.engines=[nobody]", "hooks, loop, opacus, vmap.*got 'nobody'"),
+        ("bench.engines=[nobody]", "ghost, hooks, loop, opacus, vmap.*got 'nobody'"),
         ("bench.engines=[]", "at least one engine"),
         ("bench.engines=[vmap,vmap]", r"\['vmap'\] repeated"),
         ("bench.engines=[{opacus:{mode:gost}}]", "opacus-gost: .*got 'gost'"),

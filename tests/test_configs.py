@@ -52,7 +52,7 @@ def test_every_choice_composes_and_builds(group, choice):
     assert set(parts) >= {"model", "data", "engine", "loss", "clipping", "noise", "sampler"}
 
 
-@pytest.mark.parametrize("engine", ["loop", "hooks", "vmap", "opacus"])
+@pytest.mark.parametrize("engine", ["loop", "hooks", "vmap", "opacus", "ghost"])
 def test_an_engines_word_is_its_modules_and_its_classs_name(engine):
     target = composed(f"engine={engine}").engine._target_
     assert target == f"dpsgd.engines.{engine.capitalize()}"

@@ -123,7 +123,7 @@ def test_training_goes_on_from_saved_weights(finished, tmp_path):
 def test_a_sweep_over_engines_gives_the_same_training(tmp_path):
     done = command(
         "-m",
-        "engine=loop,hooks,vmap,opacus",
+        "engine=loop,hooks,vmap,opacus,ghost",
         *SHORT,
         KEY,
         "dtype=float64",

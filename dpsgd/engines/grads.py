@@ -85,6 +85,11 @@ class PerSampleGrads(ABC):
         self._check_alive()
         return {name: grad.clone() for name, grad in self._materialize().items()}
 
+    def routes(self) -> dict[str, str]:
+        """Returns for each parameter how its gradients come about, in a word or two."""
+        self._check_alive()
+        return self._routes()
+
     def expire(self) -> None:
         """Frees what the gradients hold; every later call raises. The engine calls it."""
         self._expired = True
@@ -103,6 +108,9 @@ class PerSampleGrads(ABC):
 
     @abstractmethod
     def _materialize(self) -> Mapping[str, Tensor]: ...
+
+    @abstractmethod
+    def _routes(self) -> dict[str, str]: ...
 
     @abstractmethod
     def _release(self) -> None: ...
@@ -190,6 +198,9 @@ class DenseGrads(PerSampleGrads):
 
     def _materialize(self) -> Mapping[str, Tensor]:
         return self._held
+
+    def _routes(self) -> dict[str, str]:
+        return dict.fromkeys(self._shapes, "formed")
 
     def _release(self) -> None:
         self._held_losses, self._held, self._squares = None, {}, None

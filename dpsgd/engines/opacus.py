@@ -167,6 +167,9 @@ class _GhostGrads(PerSampleGrads):
                 f"step. ({error})"
             ) from error
 
+    def _routes(self) -> dict[str, str]:
+        return dict.fromkeys(self._shapes, "Opacus's ghost norms")
+
     def _release(self) -> None:
         del self._attached_losses, self._run, self._batch
         self._clean_losses, self._squares, self._parameters = None, {}, {}

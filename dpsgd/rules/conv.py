@@ -47,7 +47,7 @@ class Sliding:
         return replace(self, over=self.over[index], at=self.at[index])
 
     def operands(self) -> tuple[Tensor, Tensor]:
-        """Returns windows [B groups, T, d] and places [B groups, T, p], for c / groups, p / groups."""
+        """Returns windows [B groups, T, d] and places [B groups, T, p], each of one group."""
         windows = self._windows()
         size, n, c = windows.shape[:3]
         space = len(self.kernel)
@@ -141,7 +141,7 @@ class Conv(Rule):
         return self.function(input.flatten(0, 1), weight, *rest).unflatten(0, input.shape[:2])
 
 
-class Plain(Conv):
+class Convolution(Conv):
     """y = w * a, correlated."""
 
     transposed = False
@@ -201,7 +201,7 @@ class Plain(Conv):
         return [(pad, pad) for pad in _per_dimension(padding, len(kernel))]
 
 
-class Transposed(Conv):
+class TransposedConvolution(Conv):
     """The adjoint of a convolution: input and output gradient exchange their parts."""
 
     transposed = True
@@ -255,7 +255,13 @@ def _pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     return F.pad(x, [side for pair in reversed(pads) for side in pair])
 
 
-for _function in (torch.conv1d, torch.conv2d, torch.conv3d):
-    add(Plain(_function), _function)
-for _function in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
-    add(Transposed(_function), _function)
+_PLAIN: tuple[Any, ...] = torch.conv1d, torch.conv2d, torch.conv3d
+_TRANSPOSED: tuple[Any, ...] = (
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+)
+for _function in _PLAIN:
+    add(Convolution(_function), _function)
+for _function in _TRANSPOSED:
+    add(TransposedConvolution(_function), _function)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,8 +130,17 @@ class InstanceNorm(Channels):
         cudnn_enabled: bool,
     ) -> Tensor:
         """Returns [B, n, channels, ...]."""
-        rest: tuple[Any, ...] = (running_mean, running_var, use_input_stats, momentum, eps)
-        flat = torch.instance_norm(input.flatten(0, 1), weight, bias, *rest, cudnn_enabled)
+        flat = torch.instance_norm(
+            input.flatten(0, 1),
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            use_input_stats,
+            momentum,
+            eps,
+            cudnn_enabled,
+        )
         return flat.unflatten(0, input.shape[:2])
 
     def normalized(self, call: Call, x: Tensor) -> Tensor:

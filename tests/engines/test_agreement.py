@@ -85,10 +85,15 @@ BATCHED = [case for case in ZOO if case.name != "branches"]
 @pytest.mark.parametrize("case", BATCHED, ids=lambda case: case.name)
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "ghost"])
 def test_every_other_engine_is_exact_or_names_the_way_out(engine, case):
+    model, loss, batch = case.build(torch.float64)
     try:
+        ENGINES[engine](model, loss)(batch)
+    except ValueError as error:
+        refused = str(error)
+    else:
         check(ENGINES[engine], case, torch.float64)
-    except ValueError as refusal:
-        assert "ngine" in str(refusal) or "Expected" in str(refusal)
+        return
+    assert "ngine" in refused or "Expected" in refused
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -35,7 +35,7 @@ class Capture(TorchFunctionMode):
     Args:
         tape: Takes the records.
         samples: The sample axis.
-        special: Functions that need another treatment, `treatment(capture, function, args, kwargs)`.
+        special: Treatments of functions, called with (capture, function, args, kwargs).
         batched_factories: Whether torch.zeros and its like give one tensor per sample.
     """
 

@@ -1,4 +1,4 @@
-"""The ghost engine: one forward, one backward, no per-sample gradient formed unless it is cheaper."""
+"""The ghost engine: one forward, one backward, gradients formed only where that is cheaper."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Ghost(Engine):
 
     The loss runs once inside `torch.vmap`, which keeps the samples apart by construction, under a
     function mode that captures every torch function in which samples meet weights, whatever module
-    it sits in. There the ordinary kernel runs on the whole batch with detached weights; one backward
-    pass records inputs and output gradients, from which norms and weighted sums follow.
+    it sits in. There the ordinary kernel runs on the whole batch with detached weights; one
+    backward pass records inputs and output gradients, from which norms and weighted sums follow.
 
-    Where samples disagree about control flow (`if mask.all()`), the batch is split and the parts run
-    on their own. What cannot be per sample is refused by name.
+    Where samples disagree about control flow (`if mask.all()`), the batch is split and the parts
+    run on their own. What cannot be per sample is refused by name.
 
     Raises:
         ValueError: At a call, if the samples cannot be kept apart in some function, or the losses
@@ -116,8 +116,9 @@ class Ghost(Engine):
         missed = [names[id(leaf)] for leaf in leaves(losses) if id(leaf) in names]
         if missed:
             raise ValueError(
-                f"The losses use {missed} where engine=ghost does not see it (TorchScript, a custom "
-                "autograd.Function?). Use engine=loop, or write that part with torch functions."
+                f"The losses use {missed} where engine=ghost does not see it (TorchScript, a "
+                "custom autograd.Function?). Use engine=loop, or write that part with torch "
+                "functions."
             )
         if not branched:
             self._complete.add(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 
@@ -24,7 +24,7 @@ def can_open(function: Callable[..., Any]) -> bool:
     return isinstance(function, types.FunctionType) and function.__module__ == "torch.nn.functional"
 
 
-@lru_cache(maxsize=None)
+@cache
 def opened(function: types.FunctionType) -> Callable[..., Any]:
     """Returns the function as it is when no function mode wants to see the call itself.
 

@@ -32,7 +32,7 @@ class Samples:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._level = _functorch.maybe_current_level()
+        self._level = int(_functorch.current_level())
 
     def holds(self, x: Tensor) -> bool:
         """Whether a tensor belongs to samples and to nothing that was transformed inside."""
@@ -65,7 +65,7 @@ def tap(*args: Any) -> Tensor:
 def apply_plainly(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Applies an `autograd.Function` inside of vmap as if there were none."""
     with _single_level():
-        return super(torch.autograd.Function, function).apply(*args)
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 @contextmanager

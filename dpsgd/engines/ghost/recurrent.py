@@ -1,5 +1,4 @@
-"""Recurrent networks: PyTorch's own kernel forwards, one layer and direction at a time; tapped
-backwards, so that their weights are captured as the linear maps that they are."""
+"""Recurrent networks: PyTorch's own kernels forwards, tapped linear maps backwards."""
 
 from __future__ import annotations
 
@@ -111,8 +110,13 @@ def _direction(
 ) -> tuple[Tensor, ...]:
     bare = [w.detach() for w in given]
     has_biases, projected = network.has_biases, len(given) in (3, 5)
-    biases = bare[2:4] if has_biases else [None, None]
-    weights = Weights(*bare[:2], *biases, bare[-1] if projected else None)
+    weights = Weights(
+        bare[0],
+        bare[1],
+        bare[2] if has_biases else None,
+        bare[3] if has_biases else None,
+        bare[-1] if projected else None,
+    )
     given_biases = given[2:4] if has_biases else [None, None]
     maps = [
         _site(capture, weight, bias)
@@ -239,7 +243,7 @@ def _cell(
         return gates.tanh() if func is torch.rnn_tanh_cell else gates.relu()
 
 
-TREATMENTS = {
+TREATMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _treat),
     **dict.fromkeys(
         (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _cell

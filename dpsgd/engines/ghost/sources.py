@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpsgd.engines.graph import leaves
 
@@ -22,7 +23,7 @@ class Source:
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     weight: Tensor
 
     @property
@@ -47,8 +48,9 @@ class Source:
     @property
     def extent(self) -> tuple[int, int]:
         """First and last place in the parameter's memory that a view reaches, half open."""
-        reach = sum((n - 1) * step for n, step in zip(self.weight.shape, self.weight.stride()))
-        start = self.weight.storage_offset()
+        steps = zip(self.weight.shape, self.weight.stride())
+        reach = sum((int(n) - 1) * int(step) for n, step in steps)
+        start = int(self.weight.storage_offset())
         return start, start + reach + 1
 
     def pull(self, grads: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ def sources_of(weight: Tensor, names: Mapping[int, str]) -> tuple[list[Source], 
 def disjoint(sources: list[Source]) -> bool:
     """Whether views of one parameter hold different parts of it, so that squared norms add."""
     extents = sorted(source.extent for source in sources)
-    return all(first[1] <= second[0] for first, second in zip(extents, extents[1:]))
+    return all(first[1] <= second[0] for first, second in itertools.pairwise(extents))
 
 
 def _injective(w: Tensor) -> bool:

@@ -117,7 +117,8 @@ def _attention(
         if query.dim() == 4:  # as kernels know it: [B n, heads, T, d]
             inputs = [x.flatten(0, 1) for x in inputs]
             mask = mask.flatten(0, 1) if mask is not None and mask.dim() > 4 else mask
-        out = F.scaled_dot_product_attention(*inputs, mask, *args[4:], **rest)
+        attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+        out = attend(*inputs, mask, *args[4:], **rest)
         if query.dim() == 4:
             out = out.unflatten(0, (capture.samples.size, -1))
     return capture.samples.leave(out)

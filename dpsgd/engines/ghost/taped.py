@@ -150,7 +150,7 @@ class Part:
         return self._unless_cancelled(uses[0].source.name, total, 2 * torch.stack(crosses).sum(0))
 
     def _unless_cancelled(self, name: str, alone: Tensor, crossed: Tensor) -> Tensor:
-        """alone + crossed, formed instead where that cancels: a norm is never under-estimated."""
+        """Alone + crossed, formed instead where that cancels: a norm is never under-estimated."""
         squares = alone + crossed
         dtype = torch.promote_types(self.losses.dtype, torch.float32)
         error = 100 * torch.finfo(dtype).eps * alone
@@ -194,15 +194,6 @@ class TapedGrads(PerSampleGrads):
         self._parts = list(parts)
         self._order = torch.cat([part.rows for part in parts]).argsort()
 
-    def routes(self) -> dict[str, str]:
-        """Returns for each parameter how its gradients come about, in words."""
-        self._check_alive()
-        words: dict[str, dict[str, None]] = {name: {} for name in self._shapes}
-        for part in self._parts:
-            for name, uses in part.uses.items():
-                words[name].update(dict.fromkeys(use.route() for use in uses))
-        return {name: " + ".join(found) or "unused" for name, found in words.items()}
-
     def _losses(self) -> Tensor:
         return self._gathered([part.losses for part in self._parts])
 
@@ -222,6 +213,13 @@ class TapedGrads(PerSampleGrads):
 
     def _materialize(self) -> Mapping[str, Tensor]:
         return self._of_each(lambda part, name: part.materialize(name))
+
+    def _routes(self) -> dict[str, str]:
+        words: dict[str, dict[str, None]] = {name: {} for name in self._shapes}
+        for part in self._parts:
+            for name, uses in part.uses.items():
+                words[name].update(dict.fromkeys(use.route() for use in uses))
+        return {name: " + ".join(found) or "unused" for name, found in words.items()}
 
     def _release(self) -> None:
         self._parts = []

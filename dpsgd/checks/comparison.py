@@ -1,0 +1,28 @@
+"""How far two results are apart, and how much of it rounding explains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def relative_gap(actual: Tensor, expected: Tensor, scale: float = 0.0) -> float:
+    """Returns max |actual - expected| / max |expected|, infinite where only one is finite.
+
+    The divisor is at least a hundredth of `scale`: a gradient that is zero but for rounding, beside
+    others that are not, has no relative accuracy.
+    """
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    if not torch.equal(torch.isfinite(actual), torch.isfinite(expected)):
+        return float("inf")
+    finite = torch.isfinite(expected)
+    if not finite.any():
+        return 0.0
+    gap = (actual - expected)[finite].abs().max()
+    least = max(1e-12, scale / 100 if scale < float("inf") else 0.0)
+    return float(gap / expected[finite].abs().max().clamp(min=least)) if gap > 1e-12 else 0.0
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Returns the relative difference that rounding explains: 1e-9, 1e-3, or 0.1 for bfloat16."""
+    return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 0.1)
