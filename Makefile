@@ -25,9 +25,11 @@ train: $(STAMP)  ## set up, then train on digits at epsilon 3 (ARGS="engine=hook
 	$(BIN)/python -m dpsgd.train $(ARGS)
 
 test: $(STAMP)  ## set up, then run the tests
-	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not hf" $(ARGS)
 
-test-all: $(STAMP)  ## the tests, slow ones included
+test-all: $(STAMP)  ## the tests, slow ones and Hugging Face models included
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev,hf]'
 	$(PYTEST) -m "not gpu" $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device

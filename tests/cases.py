@@ -34,12 +34,16 @@ def squares(model: Any, batch: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a batch for it, and a loss."""
+    """A model, a batch for it, and a loss.
+
+    `inside` is the precision that the model computes a part of itself in, whatever its parameters.
+    """
 
     name: str
     model: Callable[[], nn.Module]
     batch: Callable[[int], Any]
     loss: engines.LossFn = squares
+    inside: torch.dtype | None = None
 
     def build(self, dtype: torch.dtype, size: int = 5) -> tuple[nn.Module, engines.LossFn, Any]:
         """Returns model, loss and batch in a floating dtype, always the same values."""
@@ -606,3 +610,177 @@ def refusal(case: str, engine: str, dtype: torch.dtype) -> str | None:
     precision = str(dtype).removeprefix("torch.")
     words = REFUSED.get(case) or REFUSED.get(f"{case}/{precision}", {})
     return words.get(engine) or words.get(engine.split("-")[0])
+
+
+VOCABULARY = 19
+TOKENS = {"vocab_size": VOCABULARY, "max_position_embeddings": 16}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+WIDE = {**SMALL, "intermediate_size": 24}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 16}
+NONE = {"bos_token_id": None, "eos_token_id": None}
+LIKE_LLAMA = {**WIDE, **TOKENS, "num_key_value_heads": 1}
+LIKE_VIT = {**WIDE, "image_size": 8, "patch_size": 4}
+
+
+def tokens(size: int) -> dict[str, Tensor]:
+    """Ids with a padding mask of several lengths, and labels for the sequences."""
+    lengths = torch.arange(size) % 4 + 3
+    return {
+        "input_ids": torch.randint(2, VOCABULARY, (size, 6)),
+        "attention_mask": (torch.arange(6) < lengths[:, None]).long(),
+        "labels": torch.randint(2, (size,)),
+    }
+
+
+def images(size: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(size, 3, 8, 8), "labels": torch.randint(2, (size,))}
+
+
+def next_tokens(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Causal language modelling, averaged over each sample's own tokens."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (losses * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
+
+
+def same_tokens(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """An encoder and a decoder that copies."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits
+    return F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").mean(1)
+
+
+def classes(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return F.cross_entropy(model(**inputs).logits, batch["labels"], reduction="none")
+
+
+def hugging_face(model: str, **config: Any) -> Callable[[], nn.Module]:
+    """A tiny model with random weights; its configuration class is named like it."""
+
+    def build() -> nn.Module:
+        import transformers
+
+        kind = getattr(transformers, model)
+        values = {k: 0.0 if "dropout" in k or "pdrop" in k else v for k, v in config.items()}
+        return kind(kind.config_class(**values)).train()
+
+    return build
+
+
+def adapted(base: Callable[[], nn.Module], **options: Any) -> Callable[[], nn.Module]:
+    """A model with adapters from peft."""
+
+    def build() -> nn.Module:
+        import peft
+
+        return peft.get_peft_model(base(), peft.LoraConfig(r=2, lora_alpha=3, **options))
+
+    return build
+
+
+gpt2 = hugging_face("GPT2LMHeadModel", **GPT2, **NONE, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+BERT = {**WIDE, **TOKENS, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+llama = hugging_face("LlamaForCausalLM", **LIKE_LLAMA)
+
+HUGGING_FACE = [
+    Case("gpt2", gpt2, tokens, next_tokens),
+    Case("bert", hugging_face("BertForSequenceClassification", **BERT), tokens, classes),
+    Case("bert_tied_head", hugging_face("BertForMaskedLM", **BERT), tokens, next_tokens),
+    Case(
+        "roberta",
+        hugging_face("RobertaForSequenceClassification", **{**BERT, "max_position_embeddings": 20}),
+        tokens,
+        classes,
+    ),
+    Case(
+        "albert_shared_layers",
+        hugging_face(
+            "AlbertForSequenceClassification", **BERT, embedding_size=8, classifier_dropout_prob=0
+        ),
+        tokens,
+        classes,
+    ),
+    Case("llama", llama, tokens, next_tokens),
+    Case(
+        "llama_eager",
+        hugging_face("LlamaForCausalLM", **LIKE_LLAMA, attn_implementation="eager"),
+        tokens,
+        next_tokens,
+    ),
+    Case(
+        "mistral",
+        hugging_face("MistralForCausalLM", **LIKE_LLAMA, sliding_window=4),
+        tokens,
+        next_tokens,
+    ),
+    Case(
+        "qwen2_tied",
+        hugging_face("Qwen2ForCausalLM", **LIKE_LLAMA, tie_word_embeddings=True),
+        tokens,
+        next_tokens,
+    ),
+    Case("gemma", hugging_face("GemmaForCausalLM", **LIKE_LLAMA, head_dim=8), tokens, next_tokens),
+    Case("gpt_neox", hugging_face("GPTNeoXForCausalLM", **WIDE, **TOKENS), tokens, next_tokens),
+    Case(
+        "t5",
+        hugging_face("T5ForConditionalGeneration", **T5, vocab_size=VOCABULARY, dropout_rate=0),
+        tokens,
+        same_tokens,
+    ),
+    Case(
+        "vit",
+        hugging_face(
+            "ViTForImageClassification",
+            **LIKE_VIT,
+            hidden_dropout_prob=0,
+            attention_probs_dropout_prob=0,
+        ),
+        images,
+        classes,
+    ),
+    Case(
+        "convnext",
+        hugging_face(
+            "ConvNextForImageClassification",
+            hidden_sizes=[8, 12],
+            depths=[1, 1],
+            num_stages=2,
+            image_size=8,
+            patch_size=2,
+        ),
+        images,
+        classes,
+    ),
+    Case(
+        "mamba",
+        hugging_face(
+            "MambaForCausalLM",
+            hidden_size=16,
+            num_hidden_layers=2,
+            vocab_size=VOCABULARY,
+            state_size=4,
+            intermediate_size=24,
+            time_step_rank=2,
+        ),
+        tokens,
+        next_tokens,
+        inside=torch.float32,
+    ),
+    Case(
+        "lora_gpt2",
+        adapted(gpt2, target_modules=["c_attn"], fan_in_fan_out=True),
+        tokens,
+        next_tokens,
+    ),
+    Case("lora_llama", adapted(llama, target_modules=["q_proj", "v_proj"]), tokens, next_tokens),
+    Case(
+        "dora_llama",
+        adapted(llama, target_modules=["q_proj"], use_dora=True),
+        tokens,
+        next_tokens,
+    ),
+]
+"""Architectures of transformers and peft as they come, tiny and with random weights."""

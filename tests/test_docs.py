@@ -70,19 +70,29 @@ def test_the_command_composes(module, arguments):
         resolve(compose(name, overrides=overrides), overrides)
 
 
-def test_a_rule_of_ones_own_is_right():
+def test_a_rule_of_ones_own_is_right(monkeypatch):
     from cases import squares
 
     from dpsgd import engines
+    from dpsgd.rules import layers, registry
 
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    monkeypatch.setattr(layers, "_LAYERS", dict(layers._LAYERS))
+    page = (ROOT / "docs" / "engines.md").read_text()
+    own = [code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "rules.reg" in code]
+    assert len(own) == 2
+    assert all(len(code.split("\n\n\n", 1)[1].splitlines()) <= 20 for code in own)
     namespace = {}
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
-    exec(code, namespace)
-    model = torch.nn.Sequential(namespace["Scale"](4), torch.nn.Tanh()).double()
+    for code in own:
+        exec(code, namespace)
+    model = torch.nn.Sequential(namespace["Centres"](4, 3), torch.nn.Linear(3, 2)).double()
     x = torch.randn(3, 5, 4).double()
     expected = engines.Loop(model, squares)(x).materialize()
-    actual = engines.Hooks(model, squares)(x).materialize()
-    torch.testing.assert_close(actual, expected)
+    for engine in (engines.Ghost, engines.Hooks):
+        grads = engine(model, squares)(x)
+        torch.testing.assert_close(grads.materialize(), expected)
+        torch.testing.assert_close(grads.norms(), engines.Loop(model, squares)(x).norms())
+    assert engines.Ghost(model, squares)(x).routes()["0.centres"] == "distance"
 
 
 def test_engines_clipping_and_noise_need_nothing_but_torch(tmp_path):
@@ -91,10 +101,10 @@ def test_engines_clipping_and_noise_need_nothing_but_torch(tmp_path):
         "import sys\n"
         f"for name in {LIBRARIES!r}: sys.modules[name] = None\n"
         "import torch, dpsgd\n"
-        "from dpsgd.engines import Hooks, Loop, Vmap\n"
+        "from dpsgd.engines import Ghost, Hooks, Loop, Vmap\n"
         "from dpsgd import clipping, noise, rules, losses\n"
         "model = torch.nn.Linear(3, 2)\n"
-        "for engine in (Loop, Hooks, Vmap):\n"
+        "for engine in (Ghost, Loop, Hooks, Vmap):\n"
         "    g = engine(model, losses.cross_entropy)((torch.randn(4, 3), torch.zeros(4).long()))\n"
         "    g.weighted_sum(clipping.Flat(1.0)(g.norms()))\n"
         "try:\n    dpsgd.engines.Opacus(model, losses.cross_entropy)\n"

@@ -131,12 +131,12 @@ def test_a_sweep_over_engines_gives_the_same_training(tmp_path):
         cwd=tmp_path,
     )
     runs = sorted(path for path in (tmp_path / "s").iterdir() if path.is_dir())
-    assert len(runs) == 4
+    assert len(runs) == 5
     weights = [load_file(run / "model.safetensors") for run in runs]
     for other in weights[1:]:
         for name in other:
             torch.testing.assert_close(other[name], weights[0][name], rtol=1e-9, atol=1e-12)
-    assert done.stdout.count("NOT PRIVATE") >= 4
+    assert done.stdout.count("NOT PRIVATE") >= 5
     assert all(not json.loads((run / "report.json").read_text())["private"] for run in runs)
     for path, content in everything_below(tmp_path).items():
         assert b"abababab" not in content, f"the key is in {path}"
@@ -236,8 +236,8 @@ def test_tensors_of_the_users_own_without_a_test_set(tmp_path):
         (["modell=cnn"], "Did you mean model"),
         (["trainer.num_stepz=3"], "Did you mean trainer.num_steps"),
         (["+nonsense=3"], "no setting 'nonsense'"),
-        (["+engine.chunksize=3"], "Did you mean chunk_size"),
-        (["engine.chunk_size=many"], "engine.chunk_size to be int"),
+        (["engine=vmap", "+engine.chunksize=3"], "Did you mean chunk_size"),
+        (["engine=vmap", "engine.chunk_size=many"], "engine.chunk_size to be int"),
         (["trainer.num_steps=ten"], "trainer.num_steps"),
         (["trainer.num_steps=0"], "num_steps >= 1"),
         (["trainer.num_steps=5", "trainer.epochs=2"], "exclude each other"),

@@ -51,7 +51,7 @@ class Capture(TorchFunctionMode):
         self.samples = samples
         self.batched_factories = batched_factories
         self.branched = False
-        self.function: Function | None = None
+        self.failed: tuple[BaseException, Function] | None = None
         self._special = special
         self._expanded: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -60,11 +60,15 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Called by PyTorch instead of each torch function."""
         kwargs = kwargs or {}
-        self.function = func
         treatment = self._special.get(func)
-        if treatment is not None:
-            return treatment(self, func, args, kwargs)
-        return self.call(func, args, kwargs)
+        try:
+            if treatment is not None:
+                return treatment(self, func, args, kwargs)
+            return self.call(func, args, kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            if self.failed is None or self.failed[0] is not error:
+                self.failed = error, func
+            raise
 
     def call(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Runs a function as its arguments demand."""

@@ -124,10 +124,11 @@ class Ghost(Engine):
             self._complete.add(key)
 
     def _explained(self, error: BaseException, capture: Capture) -> str:
-        function = getattr(capture.function, "__name__", "a function")
+        known = capture.failed is not None and capture.failed[0] is error
+        function = capture.failed[1].__name__ if known and capture.failed else "the model"
         place = _place(error, self.model)
         return (
-            f"engine=ghost cannot run '{function}'{place} with the samples kept apart: {error} Use "
+            f"engine=ghost cannot run {function}{place} with the samples kept apart: {error} Use "
             "engine=loop, which runs each sample on its own."
         )
 

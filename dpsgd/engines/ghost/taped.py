@@ -16,7 +16,7 @@ from dpsgd.engines.ghost.sources import Source, disjoint, sources_of
 from dpsgd.engines.ghost.tape import Record
 from dpsgd.engines.grads import PerSampleGrads
 from dpsgd.rules import Call, Rule
-from dpsgd.rules.rows import by_chunks, squared_norms, weighted_rows
+from dpsgd.rules.rows import by_chunks, chunks, squared_norms, weighted_rows
 
 KEPT_SHARE = 1.0
 """Gradients are formed and kept where they take at most this share of what calls hold anyway."""
@@ -39,7 +39,7 @@ class Use:
 
     def wide(self) -> Call:
         """The call in the precision that norms and sums are taken in, float32 at least."""
-        return self.call.to(torch.promote_types(self.source.weight.dtype, torch.float32))
+        return self.call.to(torch.promote_types(self.source.weight.dtype, self.source.dtype))
 
     def formed(self, call: Call) -> Tensor:
         """The gradients of the parameter for the samples of `call`, [b, *parameter.shape]."""
@@ -71,6 +71,9 @@ class Part:
         self.rows = rows
         self.losses = losses
         self.shapes = {name: p.shape for name, p in parameters.items()}
+        self._dtypes = {
+            n: torch.promote_types(p.dtype, torch.float32) for n, p in parameters.items()
+        }
         self.uses: dict[str, list[Use]] = {name: [] for name in parameters}
         self.foreign: list[Tensor] = []
         self._formed: dict[str, Tensor] = {}
@@ -105,9 +108,11 @@ class Part:
             call = use.wide()
             own = weights if index is None else weights[index]
             call = call if index is None else call.rows(index)
-            part = use.rule.weighted_sum(call, use.argument, own)
-            part = part.view(use.source.weight.shape)
-            part = use.source.pull(part[None])[0]
+            if use.source.rounds and not use.source.view:
+                part = self._sum_formed(use, call, own)
+            else:
+                part = use.rule.weighted_sum(call, use.argument, own)
+                part = use.source.pull(part.view(1, *use.source.weight.shape))[0]
             total = part if total is None else total + part
         return self._zeros(name) if total is None else total
 
@@ -152,13 +157,20 @@ class Part:
     def _unless_cancelled(self, name: str, alone: Tensor, crossed: Tensor) -> Tensor:
         """Alone + crossed, formed instead where that cancels: a norm is never under-estimated."""
         squares = alone + crossed
-        dtype = torch.promote_types(self.losses.dtype, torch.float32)
-        error = 100 * torch.finfo(dtype).eps * alone
+        error = 100 * torch.finfo(self.uses[name][0].source.dtype).eps * alone
         doubtful = ~(squares > 1e3 * error)
         if not doubtful.any():
             return squares + error
         formed = self._norms_formed(name, doubtful.nonzero()[:, 0])
         return (squares + error).masked_scatter(doubtful, formed)
+
+    def _sum_formed(self, use: Use, call: Call, weights: Tensor) -> Tensor:
+        each = use.source.parameter.numel() * call.g.element_size()
+        sums = [
+            weighted_rows(weights[rows], use.formed(call.rows(rows)))
+            for rows in chunks(call.size, each)
+        ]
+        return torch.stack(sums).sum(0)
 
     def _norms_formed(self, name: str, rows: Tensor | None = None) -> Tensor:
         index = torch.arange(len(self.rows)) if rows is None else rows
@@ -176,8 +188,7 @@ class Part:
         return total
 
     def _zeros(self, name: str) -> Tensor:
-        dtype = torch.promote_types(self.losses.dtype, torch.float32)
-        return self.losses.new_zeros(self.shapes[name], dtype=dtype)
+        return self.losses.new_zeros(self.shapes[name], dtype=self._dtypes[name])
 
 
 class TapedGrads(PerSampleGrads):
