@@ -158,6 +158,14 @@ def _unpack(
     return x.transpose(0, 1) if batch_first else x, torch.full((each,), length)
 
 
+def _requires_grad(
+    capture: Capture, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """A flag on what belongs to samples says nothing here: no gradient of it is asked for."""
+    x = args[0]
+    return x if isinstance(x, Tensor) and is_wrapped(x) else func(*args, **kwargs)
+
+
 def _differentiates(
     capture: Capture, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
@@ -182,6 +190,7 @@ SPECIAL: Mapping[Callable[..., Any], Treatment] = {
     **dict.fromkeys((torch.equal, Tensor.equal, torch.allclose, Tensor.allclose), _comparison),
     **dict.fromkeys((F.batch_norm, torch.batch_norm), _batch_norm),
     F.multi_head_attention_forward: _opened,
+    Tensor.requires_grad_: _requires_grad,
     F.scaled_dot_product_attention: _attention,
     torch._VF._pack_padded_sequence: _pack,
     torch._VF._pad_packed_sequence: _unpack,
