@@ -37,7 +37,7 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("engine", [engines.Loop, engines.Hooks, engines.Vmap])
+@pytest.mark.parametrize("engine", [engines.Loop, engines.Ghost, engines.Hooks, engines.Vmap])
 @pytest.mark.parametrize("norm", NORMS)
 def test_batch_normalisation_is_refused_in_every_disguise(norm, engine):
     model = nn.Sequential(nn.Linear(4, 4), NORMS[norm](), nn.Linear(4, 2))
@@ -108,7 +108,7 @@ def test_state_that_moves_in_a_forward_pass_is_named_and_put_back():
 def test_dropout_is_no_reason_for_refusal():
     model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 2))
     random = torch.random.get_rng_state()
-    for engine in (engines.Hooks, engines.Vmap, engines.Opacus):
+    for engine in (engines.Ghost, engines.Hooks, engines.Vmap, engines.Opacus):
         checks.preflight(engine(model, squares), batch(4, 4))
         assert_engines_agree(model, squares, batch(4, 4), [engine])
     assert torch.equal(random, torch.random.get_rng_state())
@@ -181,7 +181,7 @@ class SeparateAttention(nn.Module):
         return ((self.q(x) @ self.k(x).transpose(1, 2) / 4).softmax(-1) @ self.v(x)).mean(1)
 
 
-@pytest.mark.parametrize("engine", [engines.Hooks, engines.Vmap])
+@pytest.mark.parametrize("engine", [engines.Ghost, engines.Hooks, engines.Vmap])
 def test_gradients_that_are_zero_but_for_rounding_are_no_disagreement(engine):
     checks.preflight(engine(SeparateAttention(), squares), batch(4, 5, 16))
     assert_engines_agree(SeparateAttention(), squares, batch(4, 5, 16), [engine])
@@ -208,3 +208,123 @@ def test_a_model_may_refuse_rows_out_of_its_range():
     checks.check_independence(
         nn.Linear(4, 3), lambda m, b: squares(m, torch.bernoulli(b)), torch.rand(4, 4)
     )
+
+
+def test_gradients_that_samples_share_without_their_losses_showing_it_are_found():
+    def loss(model, x):
+        own = squares(model, x)
+        return own + own.mean() - own.mean().detach()
+
+    model = nn.Linear(4, 3).double()
+    checks.check_independence(model, loss, batch(4, 4).double())
+    with pytest.raises(ValueError, match="not those that each sample has alone"):
+        checks.preflight(engines.Ghost(model, loss), batch(4, 4).double())
+
+
+class Scaled(engines.Engine):
+    """Ghost gradients with one thing wrong."""
+
+    wrong = "materialize"
+
+    def _compute(self, batch, size, parameters):
+        grads = engines.Ghost(self.model, self.loss_fn)._compute(batch, size, parameters)
+        return Wrong(grads, self.wrong)
+
+
+class Wrong(engines.PerSampleGrads):
+    def __init__(self, grads, wrong):
+        super().__init__(grads._shapes, grads._size)
+        self.grads, self.wrong = grads, wrong
+
+    def _losses(self):
+        return self.grads._losses()
+
+    def _squared_norms(self):
+        factor = 0.9 if self.wrong == "norms" else 1.0
+        return {name: square * factor for name, square in self.grads._squared_norms().items()}
+
+    def _weighted_sum(self, columns):
+        factor = 1.1 if self.wrong == "sums" else 1.0
+        return {n: total * factor for n, total in self.grads._weighted_sum(columns).items()}
+
+    def _materialize(self):
+        return {
+            name: torch.zeros_like(grad) if self.wrong == "missed" and name == "bias" else grad
+            for name, grad in self.grads._materialize().items()
+        }
+
+    def _routes(self):
+        return self.grads._routes()
+
+    def _release(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("norms", "norms of 'weight'|norms of 'bias'"),
+        ("sums", "weighted sums of"),
+        ("missed", "per-sample gradients of 'bias'"),
+    ],
+)
+def test_wrong_norms_sums_and_missed_parameters_are_named(wrong, words):
+    engine = Scaled(nn.Linear(4, 3), squares)
+    engine.wrong = wrong
+    with pytest.raises(ValueError, match=words):
+        checks.preflight(engine, batch(4, 4))
+
+
+def test_a_missed_use_does_not_add_up():
+    engine = Scaled(nn.Linear(4, 3), squares)
+    engine.wrong = "missed"
+    with pytest.raises(ValueError, match=r"add up to autograd's gradient.*'bias'"):
+        checks.check_coverage(engine, batch(4, 4))
+
+
+def test_preflight_tells_the_route_of_each_parameter():
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.MultiheadAttention(4, 2)
+    )
+
+    def loss(m, x):
+        return squares(lambda y: m[1](*[m[0](y)[None]] * 3)[0].transpose(0, 1), x)
+
+    passed = checks.preflight(engines.Ghost(model, loss), batch(4, 4))
+    assert passed.engine == "Ghost"
+    assert passed.routes["0.parametrizations.weight.original1"] == "computed, linear"
+    assert passed.routes["1.in_proj_weight"] == "linear"
+    assert "1.in_proj_weight" in str(passed)
+    assert set(checks.preflight(engines.Vmap(model, loss), batch(4, 4)).routes.values()) == {
+        "formed"
+    }
+
+
+def test_replaced_batch_norms_pass_preflight_and_keep_their_parameters():
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.Sequential(nn.ReLU(), nn.BatchNorm2d(6, affine=False)),
+        nn.Flatten(),
+        nn.Linear(54, 40),
+        nn.BatchNorm1d(40),
+        nn.Linear(40, 2),
+    )
+    scale = model[1].weight
+    model[2].append(model[1])
+    assert checks.replace_batch_norm(model) == ["1", "5", "2.1", "2.2"]
+    assert model[1].weight is scale
+    assert model[2][2] is model[1]
+    assert (model[1].num_groups, model[5].num_groups) == (3, 20)
+    checks.preflight(engines.Ghost(model, squares), batch(4, 2, 5, 5))
+    with pytest.raises(ValueError, match="one itself"):
+        checks.replace_batch_norm(nn.BatchNorm1d(3))
+
+
+def test_dropout_inside_attention_is_switched_off():
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True).double()
+    x = batch(4, 5, 8).double()
+    with checks.without_dropout(model):
+        torch.testing.assert_close(model(x), model(x))
+    for engine in (engines.Ghost, engines.Vmap):
+        checks.preflight(engine(model, squares), x)

@@ -1,27 +1,43 @@
-"""Rules on drawn shapes: per-sample gradients of `Hooks` against `Loop`, 1e-10 relative."""
+"""Rules on drawn shapes, in both engines that use them, against `Loop`: 1e-10 relative."""
+
+import functools
+from unittest import mock
 
 import pytest
 import torch
+import zoo
 from cases import squares
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from dpsgd import engines, rules
+from dpsgd.engines.ghost import taped
+from dpsgd.rules import rows
 
+ROUTES = [(1.0, 1.0), (0.0, 1e9), (0.0, -1.0)]
 drawn = settings(max_examples=40, deadline=None)
 small = st.integers(1, 3)
 
 
-def check(layer, x):
+def check(layer, x, engine_classes=(engines.Hooks, engines.Ghost)):
     layer = layer.double()
-    expected = engines.Loop(layer, squares)(x).materialize()
-    actual = engines.Hooks(layer, squares)(x).materialize()
-    for name in expected:
-        scale = expected[name].abs().max().item()
-        torch.testing.assert_close(
-            actual[name], expected[name], rtol=1e-10, atol=1e-10 * max(scale, 1e-3)
-        )
+    reference = engines.Loop(layer, squares)(x)
+    expected = reference.materialize()
+    scale = max([grad.abs().max().item() for grad in expected.values() if grad.numel()] + [1e-3])
+    close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10 * scale)
+    groups = [[name] for name in expected]
+    weights = torch.linspace(-1, 1, len(x))
+    for engine in engine_classes:
+        for kept, gram in ROUTES if engine is engines.Ghost else ROUTES[:1]:
+            with (
+                mock.patch.object(taped, "KEPT_SHARE", kept),
+                mock.patch.object(rows, "GRAM_SHARE", gram),
+            ):
+                grads = engine(layer, squares)(x)
+                close(grads.norms(groups), reference.norms(groups))
+                close(grads.materialize(), expected)
+                close(grads.weighted_sum(weights), reference.weighted_sum(weights))
 
 
 @drawn
@@ -147,6 +163,51 @@ def test_channel_norms(size, groups, each, space):
 @given(size=small, channels=small, space=st.lists(small, max_size=3), own=st.booleans())
 def test_prelu(size, channels, space, own):
     check(nn.PReLU(channels if own else 1), torch.randn(size, channels, *space).double())
+
+
+@drawn
+@given(size=small, length=small, d=small, p=small, dims=st.lists(small, max_size=2))
+def test_matrix_products(size, length, d, p, dims):
+    def run(m, x):
+        flat = torch.addmm(m.bias, x.reshape(-1, d), m.weight).view(*x.shape[:-1], p)
+        return torch.cat([flat, x @ m.weight, torch.matmul(x, m.other.t())], -1)
+
+    parts = {"bias": (p,), "weight": (d, p), "other": (p, d)}
+    layer = zoo.Call(run, **{name: zoo.parameter(*shape) for name, shape in parts.items()})
+    check(layer, torch.randn(size, length, *dims, d).double(), [engines.Ghost])
+
+
+@drawn
+@given(
+    kind=st.sampled_from([nn.LSTM, nn.GRU, nn.RNN]),
+    size=small,
+    length=small,
+    layers=st.integers(1, 2),
+    both=st.booleans(),
+    bias=st.booleans(),
+    first=st.booleans(),
+    projected=st.booleans(),
+)
+def test_recurrent_networks(kind, size, length, layers, both, bias, first, projected):
+    options = {"proj_size": 2} if projected and kind is nn.LSTM else {}
+    layer = zoo.recurrent(
+        kind, num_layers=layers, bidirectional=both, bias=bias, batch_first=first, **options
+    )
+    check(layer, torch.randn(size, length, 4).double(), [engines.Ghost])
+
+
+@drawn
+@given(size=small, length=small, heads=small, each=small, masked=st.booleans(), bias=st.booleans())
+def test_attention(size, length, heads, each, masked, bias):
+    def run(m, x):
+        mask = None
+        if masked:
+            mask = (x[..., 0] > 0) & (torch.arange(x.shape[1]) > 0)
+        return m.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+
+    attention = nn.MultiheadAttention(heads * each, heads, bias=bias, batch_first=True)
+    x = torch.randn(size, length, heads * each).double()
+    check(zoo.Call(run, attention=attention), x, [engines.Ghost])
 
 
 def test_registering_twice_is_refused():

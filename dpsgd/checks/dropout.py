@@ -46,6 +46,8 @@ class _NoDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
+        if func is F.multi_head_attention_forward:
+            kwargs = {**kwargs, "training": False}  # which means nothing but dropout here
         if kwargs.get("dropout_p"):
             kwargs = {**kwargs, "dropout_p": 0.0}
         if func is F.scaled_dot_product_attention and len(args) > _DROPOUT_P:
