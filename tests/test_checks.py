@@ -1,5 +1,8 @@
 """Checks before any privacy is spent, and the users' own agreement check."""
 
+import random
+
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -328,3 +331,20 @@ def test_dropout_inside_attention_is_switched_off():
         torch.testing.assert_close(model(x), model(x))
     for engine in (engines.Ghost, engines.Vmap):
         checks.preflight(engine(model, squares), x)
+
+
+def test_random_numbers_of_python_and_numpy_are_replayed():
+    def loss(model, x):
+        return squares(model, x) * random.random() * numpy.random.rand()
+
+    states = random.getstate(), numpy.random.get_state()[1].copy()
+    checks.check_independence(nn.Linear(4, 3), loss, batch(4, 4))
+    assert random.getstate() == states[0]
+    assert (numpy.random.get_state()[1] == states[1]).all()
+    generator = torch.Generator()
+    with pytest.raises(ValueError, match="two passes over one batch"):
+        checks.check_independence(
+            nn.Linear(4, 3),
+            lambda m, x: squares(m, x) + torch.rand(4, generator=generator),
+            batch(4, 4),
+        )

@@ -34,6 +34,13 @@ def check_independence(model: nn.Module, loss_fn: LossFn, batch: Batch) -> None:
     if size < 2:
         raise ValueError(f"Expected a batch of at least 2 samples, got {size}.")
     losses, outputs = _run(model, loss_fn, batch, size)
+    again, _ = _run(model, loss_fn, batch, size)
+    if relative_gap(again, losses) > tolerance(losses.dtype) / 10:
+        raise ValueError(
+            "Expected random numbers from the global generators of PyTorch, Python or NumPy, which "
+            "can be replayed, but two passes over one batch give different losses. Draw them from "
+            "there, or switch the randomness off for the check."
+        )
     for changed, row, factor in _changes(batch, size):
         try:
             other_losses, other_outputs = _run(model, loss_fn, changed, size)

@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dpsgd.engines.base import Engine
 from dpsgd.engines.batch import Batch, Signature, check_losses, map_tensors, signature_of
 from dpsgd.engines.grads import PerSampleGrads
 
+try:
+    import numpy
+except ImportError:  # torch runs without it
+    numpy = None  # type: ignore[assignment]
+
 
 class RandomState:
-    """The state of PyTorch's generators (CPU and the model's CUDA devices), to draw again from."""
+    """The state of the global generators, to draw again from.
+
+    PyTorch's (CPU and the model's CUDA devices), Python's, and NumPy's if it is in use.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._devices = sorted(
             {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
         )
         self._cpu = torch.random.get_rng_state()
         self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
+        self._python = random.getstate()
+        self._numpy = numpy.random.get_state() if numpy is not None else None
 
     def restore(self) -> None:
         """Goes back to this state."""
         torch.random.set_rng_state(self._cpu)
         for device, state in zip(self._devices, self._cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            numpy.random.set_state(self._numpy)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Goes back to this state for a while, and then to the present one."""
-        with torch.random.fork_rng(devices=self._devices):
+        present = RandomState(self._model)
+        try:
             self.restore()
             yield
+        finally:
+            present.restore()
 
 
 def check_combination(
@@ -143,5 +162,13 @@ class SizeProbe:
             finally:
                 for buffer, kept in buffers:
                     buffer.copy_(kept)
-        if size > 1:  # equal rows, all that one sample gives, hide their order
+        if _tells_rows_apart(few, min(size, other)):
             self._seen.add(signature)
+
+
+def _tells_rows_apart(batch: Batch, size: int) -> bool:
+    """Whether a batch has that many different, finite rows: others hide in which order they are."""
+    leaves = [leaf[:, None].flatten(1).double() for leaf in tree_leaves(batch) if leaf.numel()]
+    if size < 2 or not leaves or not all(torch.isfinite(leaf).all() for leaf in leaves):
+        return False
+    return len(torch.cat(leaves, 1).unique(dim=0)) >= size

@@ -100,7 +100,7 @@ class Embedding(Table):
         samples = torch.arange(call.size, device=ids.device).repeat_interleave(ids.shape[1])
         return Entries(rows, samples, ids.reshape(-1).long())
 
-    def merge(self, calls: Sequence[Call], name: str) -> Call | None:
+    def merge(self, calls: Sequence[Call]) -> Call | None:
         """Returns the calls in a row: their positions follow each other."""
         if len({call["padding_idx"] for call in calls}) > 1:
             return None

@@ -50,7 +50,7 @@ class Affine(Rule):
         a = a.flatten(0, 1)
         return a.T @ scaled if self.transposed else scaled.T @ a
 
-    def merge(self, calls: Sequence[Call], name: str) -> Call | None:
+    def merge(self, calls: Sequence[Call]) -> Call | None:
         """Returns the calls in a row: their positions follow each other."""
         operands = [self.operands(call) for call in calls]
         a, g = (torch.cat(parts, dim=1) for parts in zip(*operands))

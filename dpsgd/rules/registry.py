@@ -98,7 +98,7 @@ class Rule(ABC):
             total += weighted_rows(weights[rows], self.materialize(call.rows(rows), name))
         return total
 
-    def merge(self, calls: Sequence[Call], name: str) -> Call | None:
+    def merge(self, calls: Sequence[Call]) -> Call | None:
         """Returns one call that stands for several with one weight; None if there is none."""
         return None
 

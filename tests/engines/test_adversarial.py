@@ -216,3 +216,13 @@ def test_representations_say_what_they_are():
     run = engines.Vmap(nn.Linear(3, 2).double(), squares)
     assert repr(run) == "Vmap(Linear)"
     assert repr(run(batch(4, 3))) == "DenseGrads(samples=4, parameters=2)"
+
+
+@pytest.mark.parametrize("first", ["equal", "nan"])
+def test_a_first_batch_that_tells_nothing_is_not_taken_for_a_check(first):
+    rows = torch.ones(4, 3) if first == "equal" else torch.full((4, 3), float("nan"))
+    engine = engines.Hooks(Flipped().double(), squares)
+    with contextlib.suppress(ValueError):
+        engine(rows.double())
+    with pytest.raises(ValueError, match="wrong per-sample gradients"):
+        engine(batch(4, 3))

@@ -43,7 +43,8 @@ class Source:
         p, w = self.parameter, self.weight
         if w is p:
             return True
-        return w._base is p and w.dtype == p.dtype and p.is_contiguous() and _injective(w)
+        plain = w._base is p and w.dtype == p.dtype and not (w.is_conj() or w.is_neg())
+        return plain and p.is_contiguous() and _injective(w)
 
     @property
     def extent(self) -> tuple[int, int]:

@@ -89,7 +89,8 @@ class Part:
                 for source in known[id(weight)][0]:
                     use = Use(record.site.rule, record.call, argument, source)
                     self.uses[source.name].append(use)
-        self.uses = {name: _merged(uses) for name, uses in self.uses.items()}
+        merged: dict[tuple[int, ...], Call | None] = {}
+        self.uses = {name: _merged(uses, merged) for name, uses in self.uses.items()}
 
     def squared_norms(self, name: str) -> Tensor:
         """Squared norms of the gradients of one parameter, [b]."""
@@ -256,17 +257,23 @@ def _plainly(device: str) -> Iterator[None]:
         yield
 
 
-def _merged(uses: Sequence[Use]) -> list[Use]:
-    """The uses with those in one that take the same weight by the same rule."""
+def _merged(uses: Sequence[Use], known: dict[tuple[int, ...], Call | None]) -> list[Use]:
+    """The uses with those in one that take the same weight by the same rule.
+
+    Args:
+        uses: The uses of one parameter.
+        known: Calls merged so far, by the ids of their parts: weight and bias have the same.
+    """
     groups: dict[Any, list[Use]] = {}
     for use in uses:
         weight = use.source.parameter if use.source.same else use.source.weight
         groups.setdefault((use.rule, use.argument, id(weight)), []).append(use)
     merged = []
     for alike in groups.values():
-        first = alike[0]
-        call = None
-        if len(alike) > 1:
-            call = first.rule.merge([use.call for use in alike], first.argument)
+        first, calls = alike[0], [use.call for use in alike]
+        key = tuple(map(id, calls))
+        if key not in known:
+            known[key] = first.rule.merge(calls) if len(calls) > 1 else None
+        call = known[key]
         merged += alike if call is None else [replace(first, call=call)]
     return merged
