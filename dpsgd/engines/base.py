@@ -108,18 +108,29 @@ def _without_history(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def check_no_parameter_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raises for tensor hooks on parameters, which only autograd's own gradients pass through.
+def check_no_gradient_hooks(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises for hooks on gradients, which only autograd's own gradients pass through.
 
     Raises:
-        ValueError: If a parameter has a hook.
+        ValueError: If a parameter or a module has one.
     """
+    modules = [path for path, m in model.named_modules() if has_backward_hooks(m)]
+    if modules:
+        raise ValueError(
+            f"Expected modules without backward hooks, but {modules} have some, which would not "
+            "see per-sample gradients. Remove them, or use engine=loop."
+        )
     hooked = [name for name, p in parameters.items() if p._backward_hooks]
     if hooked:
         raise ValueError(
             f"Expected parameters without tensor hooks, but {hooked} have some, which would not "
             "see per-sample gradients. Remove them, or use engine=loop."
         )
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that may change gradients."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def _nothing(parameters: Mapping[str, nn.Parameter]) -> DenseGrads:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from dpsgd.engines.batch import Batch
 from dpsgd.rules.rows import squared_norms, weighted_rows
 
 Groups = Sequence[Sequence[str]]
@@ -27,6 +29,7 @@ class PerSampleGrads(ABC):
         self._shapes = dict(shapes)
         self._size = size
         self._expired = False
+        self._watched: list[tuple[Tensor, int]] = []
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(samples={self._size}, parameters={len(self._shapes)})"
@@ -95,6 +98,10 @@ class PerSampleGrads(ABC):
         self._expired = True
         self._release()
 
+    def watch(self, batch: Batch) -> None:
+        """Makes every later call raise if a tensor of the batch is changed in place until then."""
+        self._watched = [(tensor, tensor._version) for tensor in tree_leaves(batch)]
+
     @abstractmethod
     def _losses(self) -> Tensor: ...
 
@@ -120,6 +127,11 @@ class PerSampleGrads(ABC):
             raise ValueError(
                 "These per-sample gradients ended with the engine's next call. "
                 "Read norms, sums or materialize() before calling the engine again."
+            )
+        if any(tensor._version != version for tensor, version in self._watched):
+            raise ValueError(
+                "The batch was changed in place since the engine's call, and these gradients are "
+                "computed from it. Expected it unchanged until they are read."
             )
 
     def _groups(self, groups: Groups | None) -> list[list[str]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpsgd import rules
-from dpsgd.engines.base import Engine, LossFn, check_no_parameter_hooks
+from dpsgd.engines.base import Engine, LossFn, check_no_gradient_hooks
 from dpsgd.engines.batch import Batch, check_losses
 from dpsgd.engines.grads import DenseGrads
 from dpsgd.engines.graph import Region, check_no_reentrant_checkpoint, uncaptured
@@ -45,7 +45,7 @@ class Hooks(Engine):
     def _compute(
         self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
     ) -> DenseGrads:
-        check_no_parameter_hooks(parameters)
+        check_no_gradient_hooks(self.model, parameters)
         self._probe(self.model, batch, size, partial(self._check, parameters=parameters))
         return self._gradients(batch, size, parameters)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpsgd.engines.base import Engine, LossFn, check_no_parameter_hooks
+from dpsgd.engines.base import Engine, LossFn, check_no_gradient_hooks
 from dpsgd.engines.batch import Batch, check_losses, map_tensors
 from dpsgd.engines.grads import DenseGrads, PerSampleGrads
 from dpsgd.engines.opacus_attachment import Mode, attached, named_errors
@@ -50,7 +50,7 @@ class Opacus(Engine):
     def _compute(
         self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
     ) -> PerSampleGrads:
-        check_no_parameter_hooks(parameters)
+        check_no_gradient_hooks(self.model, parameters)
         self._probe(self.model, batch, size, partial(self._check, parameters=parameters))
         return self._gradients(batch, size, parameters)
 

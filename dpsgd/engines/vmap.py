@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from dpsgd.engines.base import Engine, LossFn, check_no_parameter_hooks
+from dpsgd.engines.base import Engine, LossFn, check_no_gradient_hooks
 from dpsgd.engines.batch import Batch, check_losses, map_tensors
 from dpsgd.engines.grads import DenseGrads
 
@@ -45,7 +45,7 @@ class Vmap(Engine):
     def _compute(
         self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
     ) -> DenseGrads:
-        check_no_parameter_hooks(parameters)
+        check_no_gradient_hooks(self.model, parameters)
         detached = {name: p.detach() for name, p in parameters.items()}
         try:
             grads, losses = self._function(detached, batch)

@@ -25,5 +25,5 @@ class Prelu(Rule):
         """Returns the sum of g_i * min(a_i, 0) over everything but the slopes, [B, slopes]."""
         slopes = call.g * call["input"].clamp(max=0)
         if call["weight"].numel() == 1:
-            return slopes.flatten(1).sum(1).view(-1, *call["weight"].shape)
+            return slopes[:, None].flatten(1).sum(1).view(-1, *call["weight"].shape)
         return slopes.flatten(3).sum((1, 3)) if slopes.dim() > 3 else slopes.sum(1)

@@ -6,9 +6,11 @@ the table. The dense gradient [B, V, d] is formed only for who asks for it.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +48,14 @@ class Table(Rule):
 
     def materialize(self, call: Call, name: str) -> Tensor:
         """Returns the dense gradients [B, V, d]."""
-        entries, (vocabulary, width) = self.entries(call), call["weight"].shape
-        grads = entries.rows.new_zeros((call.size * vocabulary, width))
+        entries, vocabulary = self.entries(call), call[name].shape[0]
+        grads = entries.rows.new_zeros((call.size * vocabulary, entries.rows.shape[1]))
         grads.index_add_(0, entries.samples * vocabulary + entries.ids, entries.rows)
-        return grads.view(call.size, vocabulary, width)
+        return grads.view(call.size, *call[name].shape)
 
     def squared_norms(self, call: Call, name: str) -> Tensor:
         """Returns sum_v ||G_i[v]||^2 over the ids that sample i has, rounded up."""
-        entries, vocabulary = self.entries(call), call["weight"].shape[0]
+        entries, vocabulary = self.entries(call), call[name].shape[0]
         keys, place = (entries.samples * vocabulary + entries.ids).unique(return_inverse=True)
         sums = entries.rows.new_zeros((len(keys), entries.rows.shape[1]))
         each = squared_norms(sums.index_add_(0, place, entries.rows))
@@ -66,7 +68,8 @@ class Table(Rule):
         """Returns the sum of all rows, each times its sample's weight, by id, [V, d]."""
         entries = self.entries(call)
         rows = entries.rows * weights.to(entries.rows.dtype)[entries.samples, None]
-        return rows.new_zeros(call["weight"].shape).index_add_(0, entries.ids, rows)
+        total = rows.new_zeros((call[name].shape[0], rows.shape[1]))
+        return total.index_add_(0, entries.ids, rows).view(call[name].shape)
 
 
 @register(torch.embedding)
@@ -93,8 +96,8 @@ class Embedding(Table):
 
     def entries(self, call: Call) -> Entries:
         """One row per position."""
-        ids = call["indices"].reshape(call.size, -1)
-        rows = call.g.reshape(-1, call.g.shape[-1])
+        ids = call["indices"][:, None].flatten(1)
+        rows = call.g.reshape(ids.numel(), call["weight"].shape[1])
         if call["padding_idx"] >= 0:
             rows = rows.masked_fill((ids == call["padding_idx"]).view(-1, 1), 0)
         samples = torch.arange(call.size, device=ids.device).repeat_interleave(ids.shape[1])
@@ -104,8 +107,8 @@ class Embedding(Table):
         """Returns the calls in a row: their positions follow each other."""
         if len({call["padding_idx"] for call in calls}) > 1:
             return None
-        ids = [call["indices"].reshape(call.size, -1) for call in calls]
-        g = [c.g.reshape(c.size, -1, c.g.shape[-1]) for c in calls]
+        ids = [call["indices"][:, None].flatten(1) for call in calls]
+        g = [c.g.reshape(*i.shape, c["weight"].shape[1]) for c, i in zip(calls, ids)]
         arguments = {**calls[0].arguments, "indices": torch.cat(ids, 1)}
         return replace(calls[0], arguments=arguments, g=torch.cat(g, 1))
 
@@ -127,6 +130,55 @@ class Embedding(Table):
             return picked.mul_(torch.bmm(a[rows], e[rows].mT)).sum((1, 2), dtype=torch.float64)
 
         return by_chunks(call.size, 2 * a.shape[1] * ids.shape[1] * a.element_size(), inner)
+
+
+class Picked(Table):
+    """Rows of a weight [V, ...] picked by ids: `w[ids]`, `w.index_select(0, ids)`."""
+
+    def entries(self, call: Call) -> Entries:
+        """One row per id."""
+        ids = call[self.samples[0]][:, None].flatten(1)
+        rows = call.g.reshape(ids.numel(), math.prod(call[self.weights[0]].shape[1:]))
+        samples = torch.arange(call.size, device=ids.device).repeat_interleave(ids.shape[1])
+        return Entries(rows, samples, self.wrapped(call).reshape(-1))
+
+    def wrapped(self, call: Call) -> Tensor:
+        """Returns the ids with those that count from the end counted from the start."""
+        ids = call[self.samples[0]].long()
+        return torch.where(ids < 0, ids + call[self.weights[0]].shape[0], ids)
+
+
+@register(torch.Tensor.__getitem__)
+class Indexed(Picked):
+    """y_t = w[id_t], one tensor of ids as the index."""
+
+    weights = ("input",)
+    samples = ("index",)
+
+    def accepts(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the index holds whole numbers, not a mask."""
+        kind = arguments["index"].dtype
+        return kind in (torch.int64, torch.int32, torch.int16, torch.int8)
+
+    def forward(self, input: Tensor, index: Tensor) -> Tensor:
+        """Returns [B, *ids, ...]."""
+        return input[index]
+
+
+@register(torch.index_select, torch.Tensor.index_select)
+class Selected(Picked):
+    """y_t = w[id_t] by index_select."""
+
+    weights = ("input",)
+    samples = ("index",)
+
+    def accepts(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether it picks along the first dimension."""
+        return arguments["dim"] == 0 and arguments["index"].dim() == 1
+
+    def forward(self, input: Tensor, dim: int, index: Tensor) -> Tensor:
+        """Returns [B, ids, ...]."""
+        return input[index]
 
 
 @register(torch.embedding_bag)

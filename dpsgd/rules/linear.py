@@ -53,6 +53,8 @@ class Affine(Rule):
     def merge(self, calls: Sequence[Call]) -> Call | None:
         """Returns the calls in a row: their positions follow each other."""
         operands = [self.operands(call) for call in calls]
+        if len({(a.shape[2], g.shape[2]) for a, g in operands}) > 1:
+            return None  # a bias of several layers
         a, g = (torch.cat(parts, dim=1) for parts in zip(*operands))
         arguments = {**calls[0].arguments, self.samples[0]: a}
         return replace(calls[0], arguments=arguments, g=g)
@@ -69,6 +71,11 @@ class Linear(Affine):
     weights = ("weight", "bias")
     samples = ("input",)
     transposed = False
+
+    def accepts(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the weight is a matrix and the bias a vector that is not broadcast."""
+        weight, bias = arguments["weight"], arguments["bias"]
+        return weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns [B, ..., p] for an input [B, ..., d]."""
@@ -102,8 +109,9 @@ class Addmm(Affine):
 
     def accepts(self, arguments: Mapping[str, Any]) -> bool:
         """Whether it is an affine map: a vector b and no other factors."""
-        plain = arguments["beta"] == 1 and arguments["alpha"] == 1
-        return plain and arguments["input"].dim() == 1 and arguments["mat2"].dim() == 2
+        if arguments["beta"] != 1 or arguments["alpha"] != 1 or arguments["mat2"].dim() != 2:
+            return False
+        return arguments["input"].shape == arguments["mat2"].shape[1:]
 
     def forward(
         self, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1

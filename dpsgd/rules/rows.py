@@ -84,7 +84,7 @@ def product_norms(a: Tensor, g: Tensor) -> Tensor:
         len(a), 2 * positions**2 * a.element_size(), lambda rows: _gram_norms(a[rows], g[rows])
     )
     error = 2 * torch.finfo(a.dtype).eps * spread.square()
-    doubtful = ~(error <= _DOUBT * squares)  # true for NaN
+    doubtful = ~(error <= _DOUBT * squares) | ~torch.isfinite(squares) | (squares < _TINY)
     squares = squares + error
     if doubtful.any():
         formed = _formed_norms(a[doubtful], g[doubtful], spread[doubtful])

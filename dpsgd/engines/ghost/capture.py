@@ -22,7 +22,22 @@ _SAMPLES, _WEIGHTS = 1, 2
 
 
 class Restart(BaseException):
-    """The loss writes samples into tensors that it made without them: make those per sample."""
+    """The loss writes samples into tensors that it made without them.
+
+    It must run again with such tensors, constants and computed weights, made for each sample.
+    """
+
+
+class Split(BaseException):
+    """The samples disagree about control flow.
+
+    Attributes:
+        group: A number for each sample [B]; those with the same agree.
+    """
+
+    def __init__(self, group: Tensor) -> None:
+        super().__init__()
+        self.group = group
 
 
 class Capture(TorchFunctionMode):
@@ -36,7 +51,7 @@ class Capture(TorchFunctionMode):
         tape: Takes the records.
         samples: The sample axis.
         special: Treatments of functions, called with (capture, function, args, kwargs).
-        batched_factories: Whether torch.zeros and its like give one tensor per sample.
+        per_sample: Whether what is made without samples is made once for each of them.
     """
 
     def __init__(
@@ -44,16 +59,18 @@ class Capture(TorchFunctionMode):
         tape: Tape,
         samples: Samples,
         special: Mapping[Function, Callable[..., Any]],
-        batched_factories: bool,
+        per_sample: bool,
     ) -> None:
         super().__init__()
         self.tape = tape
         self.samples = samples
-        self.batched_factories = batched_factories
-        self.branched = False
+        self.per_sample = per_sample
+        self.restart: Restart | None = None
+        self.split: Split | None = None
         self.failed: tuple[BaseException, Function] | None = None
         self._special = special
-        self._expanded: dict[int, tuple[Tensor, Tensor]] = {}
+        self._aliases: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._expanded: dict[tuple[int, int], Tensor] = {}
 
     def __torch_function__(
         self, func: Function, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -76,6 +93,8 @@ class Capture(TorchFunctionMode):
         if not kinds & _SAMPLES:
             return self._without_samples(func, args, kwargs, bool(kinds & _WEIGHTS))
         if kinds & _WEIGHTS and torch.is_grad_enabled():
+            if _writes(func) and is_weight(args[0]):
+                self.make_per_sample("samples are written into a parameter in place")
             if rules.lookup(func) is None and can_open(func):
                 return self.open(func, args, kwargs)
             result = self._by_rule(func, args, kwargs)
@@ -97,14 +116,48 @@ class Capture(TorchFunctionMode):
         """Returns a weight as a tensor of each sample, tapped; anything else as it is."""
         if not is_weight(x) or not torch.is_grad_enabled():
             return x
-        known = self._expanded.get(id(x))
-        if known is None:
-            site = Site(EXPANDED, {"weight": x}, (), ("weight",))
+        key = id(x), x._version
+        if key not in self._expanded:
+            site = Site(EXPANDED, {"weight": self.alias(x)}, (), ("weight",))
             with outside_vmap():
                 rows = x.detach().expand(self.samples.size, *x.shape)
                 tapped = tap(rows, self.tape.anchor, self.tape, site)
-            known = self._expanded[id(x)] = x, self.samples.leave(tapped)
-        return known[1]
+            self._expanded[key] = self.samples.leave(tapped)
+        return self._expanded[key]
+
+    def alias(self, x: Tensor) -> Tensor:
+        """Returns a weight as it is now: one that is computed may be changed in place later."""
+        if x.is_leaf or (x._base is not None and x._base.is_leaf):
+            return x
+        key = id(x), x._version
+        if key not in self._aliases:
+            with outside_vmap():
+                self._aliases[key] = x, torch.ops.aten._unsafe_view(x, x.shape)
+        return self._aliases[key][1]
+
+    def check_nothing_swallowed(self) -> None:
+        """Raises again what the loss function caught although it was not meant for it.
+
+        Raises:
+            Restart: See there.
+            Split: See there.
+            RuntimeError: If a function failed under vmap that may not fail otherwise.
+        """
+        for raised in (self.split, self.restart, self.failed and self.failed[0]):
+            if raised is not None:
+                raise raised
+
+    def make_per_sample(self, why: str) -> None:
+        """Asks for another run with what is made without samples made for each of them.
+
+        Raises:
+            Restart: If that has not been done yet.
+            ValueError: If it did not help.
+        """
+        if self.per_sample:
+            raise ValueError(f"engine=ghost cannot run this model: {why}. Use engine=loop.")
+        self.restart = Restart()
+        raise self.restart
 
     def run_rule(self, rule: Rule, arguments: dict[str, Any]) -> Any:
         """Runs a function that has a rule on the whole batch, and taps it where that is wanted."""
@@ -118,6 +171,7 @@ class Capture(TorchFunctionMode):
             outputs = output if isinstance(output, tuple) else (output,)
             if wanted:
                 rest = {n: v for n, v in arguments.items() if n not in names}
+                rest |= {name: self.alias(arguments[name]) for name in wanted}
                 site = Site(rule, rest, names, wanted)
                 first = tap(outputs[0], self.tape.anchor, self.tape, site, *inputs.values())
                 outputs = (first, *outputs[1:])
@@ -137,6 +191,8 @@ class Capture(TorchFunctionMode):
             return False
         for name, value in arguments.items():
             if isinstance(value, Tensor):
+                if value.is_complex():
+                    return False
                 if is_wrapped(value) and not (name in rule.samples and self.samples.holds(value)):
                     return False
                 if is_weight(value) and name not in rule.weights:
@@ -147,12 +203,21 @@ class Capture(TorchFunctionMode):
         self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], weights: bool
     ) -> Any:
         """Weights and constants alone. What is random nevertheless is so for each sample."""
+        if kwargs.get("generator") is not None:  # the same random numbers for all samples
+            with outside_vmap():
+                return func(*args, **kwargs)
         with _unpacked() if weights else nullcontext():
-            result = func(*args, **kwargs)
-        if weights and _kinds((result,)) & _SAMPLES:
+            try:
+                result = func(*args, **kwargs)
+            except RuntimeError:
+                if _writes(func) and not self.per_sample:  # random numbers into a constant
+                    self.make_per_sample(f"{func.__name__} writes into a constant")
+                raise
+        made = _kinds((result,))
+        if weights and torch.is_grad_enabled() and (made & _SAMPLES or (made and self.per_sample)):
             args, kwargs = self.with_expanded_weights(args, kwargs)
-            return func(*args, **kwargs)
-        if self.batched_factories and func in FACTORIES:
+            return self._plainly(func, args, kwargs)
+        if self.per_sample and func in FACTORIES and not made:
             return self.samples.leave(self.samples.enter(result).clone())
         return result
 
@@ -160,11 +225,10 @@ class Capture(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except RuntimeError:
-            target = args[0] if args else None
-            writes = func.__name__ == "__setitem__" or func.__name__.rstrip("_") != func.__name__
-            made = isinstance(target, Tensor) and not is_wrapped(target) and not is_weight(target)
-            if writes and made and not self.batched_factories:
-                raise Restart from None
+            if _writes(func) and not is_wrapped(args[0]) and not self.per_sample:
+                self.make_per_sample(f"{func.__name__} writes samples into a constant")
+            if can_open(func):
+                return self.open(func, args, kwargs)
             raise
 
 
@@ -189,6 +253,11 @@ FACTORIES = {
     torch.ones,
     torch.empty,
     torch.full,
+    torch.tensor,
+    torch.arange,
+    torch.eye,
+    torch.clone,
+    torch.Tensor.clone,
     torch.zeros_like,
     torch.ones_like,
     torch.empty_like,
@@ -198,6 +267,15 @@ FACTORIES = {
     torch.Tensor.new_empty,
     torch.Tensor.new_full,
 }
+
+
+_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+
+
+def _writes(func: Function) -> bool:
+    """Whether a function changes its first argument in place, by its name."""
+    name = func.__name__
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def is_weight(x: Any) -> bool:

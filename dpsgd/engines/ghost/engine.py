@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpsgd.engines.base import Engine, LossFn, check_no_parameter_hooks
+from dpsgd.engines.base import Engine, LossFn, check_no_gradient_hooks
 from dpsgd.engines.batch import Batch, Signature, check_losses, map_tensors, signature_of
-from dpsgd.engines.ghost.capture import Capture, Restart
+from dpsgd.engines.ghost.capture import Capture, Restart, Split
+from dpsgd.engines.ghost.leftovers import no_leftovers
 from dpsgd.engines.ghost.physical import Samples
-from dpsgd.engines.ghost.special import SPECIAL, Split
+from dpsgd.engines.ghost.special import SPECIAL
 from dpsgd.engines.ghost.tape import Tape
 from dpsgd.engines.ghost.taped import Part, TapedGrads
 from dpsgd.engines.graph import leaves
@@ -38,17 +38,20 @@ class Ghost(Engine):
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         super().__init__(model, loss_fn)
-        self._complete: set[Any] = set()
-        self._batched_factories: set[Signature] = set()
+        self._per_sample: set[Signature] = set()
 
     def _compute(
         self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
     ) -> TapedGrads:
-        check_no_parameter_hooks(parameters)
+        check_no_gradient_hooks(self.model, parameters)
         device = next(iter(parameters.values())).device
-        parts = self._parts(batch, torch.arange(size, device=device), parameters)
+        check_not_scripted(self.model, self.loss_fn)
+        with no_leftovers(self.model):
+            parts = self._parts(batch, torch.arange(size, device=device), parameters)
         _check_known(parts, parameters)
-        return TapedGrads(parts, parameters)
+        grads = TapedGrads(parts, parameters)
+        grads.watch(batch)
+        return grads
 
     def _parts(
         self, batch: Batch, rows: Tensor, parameters: Mapping[str, nn.Parameter]
@@ -70,7 +73,7 @@ class Ghost(Engine):
         try:
             return self._capture(batch, rows, parameters)
         except Restart:
-            self._batched_factories.add(signature)
+            self._per_sample.add(signature)
             state.restore()
         return self._capture(batch, rows, parameters)
 
@@ -79,12 +82,14 @@ class Ghost(Engine):
         tape = Tape(rows.device)
 
         def run(one: Batch) -> Tensor:
-            capture = Capture(tape, Samples(size), SPECIAL, signature in self._batched_factories)
+            capture = Capture(tape, Samples(size), SPECIAL, signature in self._per_sample)
             try:
                 with capture:
-                    losses = check_losses(self.loss_fn(self.model, one), 1)
+                    losses = self.loss_fn(self.model, one)
+                    capture.check_nothing_swallowed()
+                    check_losses(losses, 1)
                 physical = capture.samples.enter(capture.expand(losses))[:, 0]
-                self._check_complete(physical, tape, signature, parameters, capture.branched)
+                _check_complete(physical, parameters)
                 tape.backward(physical, capture)
             except torch.OutOfMemoryError:
                 raise
@@ -95,34 +100,6 @@ class Ghost(Engine):
         losses = torch.vmap(run, randomness="different")(map_tensors(_as_one, batch))
         return Part(rows, losses, tape.records, parameters)
 
-    def _check_complete(
-        self,
-        losses: Tensor,
-        tape: Tape,
-        signature: Signature,
-        parameters: Mapping[str, nn.Parameter],
-        branched: bool,
-    ) -> None:
-        """Raises if a parameter is still reachable in the graph, once per kind of call.
-
-        Captured functions get detached weights, so what the losses reach was not captured. Where
-        control flow depends on the data every call is its own kind.
-        """
-        modes = tuple(module.training for module in self.model.modules())
-        key = (signature, modes, frozenset(parameters))
-        if key in self._complete:
-            return
-        names = {id(p): name for name, p in parameters.items()}
-        missed = [names[id(leaf)] for leaf in leaves(losses) if id(leaf) in names]
-        if missed:
-            raise ValueError(
-                f"The losses use {missed} where engine=ghost does not see it (TorchScript, a "
-                "custom autograd.Function?). Use engine=loop, or write that part with torch "
-                "functions."
-            )
-        if not branched:
-            self._complete.add(key)
-
     def _explained(self, error: BaseException, capture: Capture) -> str:
         known = capture.failed is not None and capture.failed[0] is error
         function = capture.failed[1].__name__ if known and capture.failed else "the model"
@@ -130,6 +107,47 @@ class Ghost(Engine):
         return (
             f"engine=ghost cannot run {function}{place} with the samples kept apart: {error} Use "
             "engine=loop, which runs each sample on its own."
+        )
+
+
+def _check_complete(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises if a parameter is still reachable in the graph of the losses.
+
+    Captured functions get detached weights, so what the losses reach was not captured.
+
+    Raises:
+        ValueError: Naming the parameters.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    missed = [names[id(leaf)] for leaf in leaves(losses) if id(leaf) in names]
+    if missed:
+        raise ValueError(
+            f"The losses use {missed} where engine=ghost does not see it (TorchScript, a "
+            "custom autograd.Function?). Use engine=loop, or write that part with torch "
+            "functions."
+        )
+
+
+def check_not_scripted(model: nn.Module, loss_fn: LossFn) -> None:
+    """Raises if the model contains TorchScript, which loses gradients under vmap once it is warm.
+
+    Modules are found, and functions that forward methods or the loss refer to by name.
+
+    Raises:
+        ValueError: Naming what is scripted.
+    """
+    places = {f"'{path}'": m for path, m in model.named_modules()}
+    found = [place for place, m in places.items() if isinstance(m, torch.jit.ScriptModule)]
+    kinds = [type(m) for m in places.values() if not isinstance(m, torch.jit.ScriptModule)]
+    functions = {kind.__name__: kind.forward for kind in kinds}
+    for place, function in {**functions, "the loss function": loss_fn}.items():
+        code, scope = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+        used = [scope.get(name) for name in code.co_names] if code is not None else []
+        found += [place for value in used if isinstance(value, torch.jit.ScriptFunction)]
+    if found:
+        raise ValueError(
+            f"Expected no TorchScript, which engine=ghost does not see into, got some in "
+            f"{', '.join(found)}. Use engine=loop, or the functions without torch.jit.script."
         )
 
 

@@ -52,6 +52,18 @@ class Samples:
         with outside_vmap():
             return inner.movedim(axis, 0)
 
+    def inside(self, x: Tensor) -> Tensor:
+        """Returns the very tensor that a sample's tensor stands for, B at any place."""
+        return _functorch.get_unwrapped(x)
+
+    def like(self, x: Tensor, sample: Tensor) -> Tensor:
+        """Returns a tensor with B where `inside(sample)` has it, as samples see it."""
+        return _functorch._add_batch_dim(x, int(_functorch.maybe_get_bdim(sample)), self._level)
+
+    def inside_as(self, x: Tensor, sample: Tensor) -> Tensor:
+        """Returns what samples see as x with B where `inside(sample)` has it."""
+        return self.enter(x).movedim(0, int(_functorch.maybe_get_bdim(sample)))
+
     def leave(self, x: Tensor) -> Tensor:
         """Returns a tensor [B, ...] as samples see it."""
         return _functorch._add_batch_dim(x, 0, self._level)

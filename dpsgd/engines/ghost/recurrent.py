@@ -185,7 +185,8 @@ class _Direction(torch.autograd.Function):
         g[-1] += g_last[0]
         g_cell = g_last[1].to(dtype) if len(g_last) > 1 else None
         steps = Steps(x.to(dtype), before, out.to(dtype), cell)
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+        plain = torch.autocast(g.device.type, enabled=False)
+        with torch.no_grad(), torch._C.DisableTorchFunction(), plain:
             back = BACKWARDS[ctx.kind](ctx.weights, steps, g, g_cell)
             gates = _by_sample(back.inputs, ctx.size)
             again = back.states is back.inputs

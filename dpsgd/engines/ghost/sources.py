@@ -88,12 +88,18 @@ class Source:
                     self.weight, self.parameter, rows, retain_graph=True, is_grads_batched=True
                 )
             except RuntimeError:  # an operation of the expression that vmap cannot run
-                each = [
-                    torch.autograd.grad(self.weight, self.parameter, row, retain_graph=True)[0]
-                    for row in rows
-                ]
-                pulled = torch.stack(each)
+                pulled = torch.stack([self._pull_one(row) for row in rows])
         return pulled.to(self.dtype)
+
+    def _pull_one(self, row: Tensor) -> Tensor:
+        try:
+            return torch.autograd.grad(self.weight, self.parameter, row, retain_graph=True)[0]
+        except RuntimeError as error:
+            raise ValueError(
+                f"The gradients of '{self.name}' go through an expression that has changed since "
+                f"the engine's call: {error} Expected parameters unchanged until norms and sums "
+                "are read."
+            ) from error
 
 
 def sources_of(weight: Tensor, names: Mapping[int, str]) -> tuple[list[Source], list[Tensor]]:
