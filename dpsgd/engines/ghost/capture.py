@@ -12,13 +12,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from dpsgd import rules
+from dpsgd.engines.ghost.arguments import (
+    FACTORIES,
+    SAMPLES,
+    WEIGHTS,
+    is_weight,
+    kinds_of,
+    replace_tensors,
+    writes,
+)
 from dpsgd.engines.ghost.opened import can_open, opened
 from dpsgd.engines.ghost.physical import Samples, is_wrapped, outside_vmap, tap
 from dpsgd.engines.ghost.tape import Site, Tape
 from dpsgd.rules import Rule
 
 Function = Callable[..., Any]
-_SAMPLES, _WEIGHTS = 1, 2
 
 
 class Restart(BaseException):
@@ -89,11 +97,11 @@ class Capture(TorchFunctionMode):
 
     def call(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Runs a function as its arguments demand."""
-        kinds = _kinds(args) | _kinds(kwargs.values()) if kwargs else _kinds(args)
-        if not kinds & _SAMPLES:
-            return self._without_samples(func, args, kwargs, bool(kinds & _WEIGHTS))
-        if kinds & _WEIGHTS and torch.is_grad_enabled():
-            if _writes(func) and is_weight(args[0]):
+        kinds = kinds_of(args) | kinds_of(kwargs.values()) if kwargs else kinds_of(args)
+        if not kinds & SAMPLES:
+            return self._without_samples(func, args, kwargs, bool(kinds & WEIGHTS))
+        if kinds & WEIGHTS and torch.is_grad_enabled():
+            if writes(func) and is_weight(args[0]):
                 self.make_per_sample("samples are written into a parameter in place")
             if rules.lookup(func) is None and can_open(func):
                 return self.open(func, args, kwargs)
@@ -110,7 +118,7 @@ class Capture(TorchFunctionMode):
 
     def with_expanded_weights(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Returns the arguments with each weight as one tensor per sample."""
-        return _replace(args, self.expand), _replace(kwargs, self.expand)
+        return replace_tensors(args, self.expand), replace_tensors(kwargs, self.expand)
 
     def expand(self, x: Tensor) -> Tensor:
         """Returns a weight as a tensor of each sample, tapped; anything else as it is."""
@@ -210,11 +218,11 @@ class Capture(TorchFunctionMode):
             try:
                 result = func(*args, **kwargs)
             except RuntimeError:
-                if _writes(func) and not self.per_sample:  # random numbers into a constant
+                if writes(func) and not self.per_sample:  # random numbers into a constant
                     self.make_per_sample(f"{func.__name__} writes into a constant")
                 raise
-        made = _kinds((result,))
-        if weights and torch.is_grad_enabled() and (made & _SAMPLES or (made and self.per_sample)):
+        made = kinds_of((result,))
+        if weights and torch.is_grad_enabled() and (made & SAMPLES or (made and self.per_sample)):
             args, kwargs = self.with_expanded_weights(args, kwargs)
             return self._plainly(func, args, kwargs)
         if self.per_sample and func in FACTORIES and not made:
@@ -225,7 +233,7 @@ class Capture(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except RuntimeError:
-            if _writes(func) and not is_wrapped(args[0]) and not self.per_sample:
+            if writes(func) and not is_wrapped(args[0]) and not self.per_sample:
                 self.make_per_sample(f"{func.__name__} writes samples into a constant")
             if can_open(func):
                 return self.open(func, args, kwargs)
@@ -248,67 +256,6 @@ class Expanded(Rule):
 
 
 EXPANDED = Expanded()
-FACTORIES = {
-    torch.zeros,
-    torch.ones,
-    torch.empty,
-    torch.full,
-    torch.tensor,
-    torch.arange,
-    torch.eye,
-    torch.clone,
-    torch.Tensor.clone,
-    torch.zeros_like,
-    torch.ones_like,
-    torch.empty_like,
-    torch.full_like,
-    torch.Tensor.new_zeros,
-    torch.Tensor.new_ones,
-    torch.Tensor.new_empty,
-    torch.Tensor.new_full,
-}
-
-
-_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
-
-
-def _writes(func: Function) -> bool:
-    """Whether a function changes its first argument in place, by its name."""
-    name = func.__name__
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-
-
-def is_weight(x: Any) -> bool:
-    """Whether something is a tensor that requires a gradient and belongs to no sample."""
-    return isinstance(x, Tensor) and x.requires_grad and not is_wrapped(x)
-
-
-def _kinds(values: Any) -> int:
-    """Which kinds of tensors there are in (nested) arguments."""
-    kinds = 0
-    for value in values:
-        if isinstance(value, Tensor):
-            if is_wrapped(value):
-                kinds |= _SAMPLES
-            elif value.requires_grad:
-                kinds |= _WEIGHTS
-        elif isinstance(value, tuple | list):
-            kinds |= _kinds(value)
-        elif isinstance(value, dict):
-            kinds |= _kinds(value.values())
-    return kinds
-
-
-def _replace(values: Any, by: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(values, Tensor):
-        return by(values)
-    if isinstance(values, dict):
-        return {key: _replace(value, by) for key, value in values.items()}
-    if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return type(values)(*(_replace(value, by) for value in values))
-    if isinstance(values, tuple | list):
-        return type(values)(_replace(value, by) for value in values)
-    return values
 
 
 def _unpacked() -> AbstractContextManager[Any]:

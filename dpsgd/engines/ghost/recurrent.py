@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpsgd import rules
-from dpsgd.engines.ghost.capture import Capture, is_weight
+from dpsgd.engines.ghost.arguments import is_weight
+from dpsgd.engines.ghost.capture import Capture
 from dpsgd.engines.ghost.physical import apply_plainly, is_wrapped, outside_vmap
 from dpsgd.engines.ghost.tape import Site, Tape
 from dpsgd.rules.recurrent import BACKWARDS, Steps, Weights
