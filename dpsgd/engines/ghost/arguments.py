@@ -33,7 +33,8 @@ FACTORIES = {
 }
 
 
-_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+_OPERATORS = "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"
+_IN_PLACE = {"__setitem__", *(f"__i{operator}__" for operator in _OPERATORS)}
 
 
 def writes(func: Callable[..., Any]) -> bool:
@@ -64,6 +65,7 @@ def kinds_of(values: Any) -> int:
 
 
 def replace_tensors(values: Any, by: Callable[[Tensor], Tensor]) -> Any:
+    """Returns (nested) arguments with `by` applied to each tensor."""
     if isinstance(values, Tensor):
         return by(values)
     if isinstance(values, dict):
