@@ -210,6 +210,17 @@ def test_attention(size, length, heads, each, masked, bias):
     check(zoo.Call(run, attention=attention), x, [engines.Ghost])
 
 
+@drawn
+@given(size=small, ids=st.lists(small, max_size=2), rows=small, dims=st.lists(small, max_size=2))
+def test_rows_picked_by_ids(size, ids, rows, dims):
+    def run(m, x):
+        picked = m.w[x].reshape(len(x), -1)
+        return torch.cat([picked, m.w.index_select(0, x.flatten() % rows).view(len(x), -1)], 1)
+
+    layer = zoo.Call(run, w=zoo.parameter(rows, *dims))
+    check(layer, torch.randint(-rows, rows, (size, *ids)), [engines.Ghost])
+
+
 def test_registering_twice_is_refused():
     with pytest.raises(ValueError, match="second one"):
         rules.register(torch.prelu)(type(rules.lookup(torch.prelu)))
