@@ -89,7 +89,8 @@ def fixed_projection(m, x):
 
 def looks_up(m, x):
     ids = (x[:, :3].abs() * 10).long() % 5
-    return m.w[ids - 5].flatten(1) + m.w.index_select(0, ids[0]).flatten()
+    picked = m.w[ids - 5].flatten(1) + m.w.index_select(0, ids[0]).flatten()
+    return picked + m.w[ids[0, 0], None, :1] * m.w[1:3][ids[:, :2] % 2, 0].sum()
 
 
 def contains(m, x):

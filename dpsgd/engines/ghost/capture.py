@@ -195,7 +195,8 @@ class Capture(TorchFunctionMode):
         return self.run_rule(rule, arguments)
 
     def _covers(self, rule: Rule, arguments: Mapping[str, Any]) -> bool:
-        if not self.samples.holds(arguments[rule.samples[0]]):
+        first = arguments[rule.samples[0]]
+        if not isinstance(first, Tensor) or not self.samples.holds(first):
             return False
         for name, value in arguments.items():
             if isinstance(value, Tensor):
