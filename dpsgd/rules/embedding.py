@@ -64,6 +64,12 @@ class Table(Rule):
         squares = none.index_add(0, keys // max(vocabulary, 1), each)
         return rounded_up(squares, none.index_add(0, entries.samples, lengths), sums.dtype)
 
+    def spread(self, call: Call, name: str) -> Tensor:
+        """Returns the sum of the lengths of the rows."""
+        entries = self.entries(call)
+        lengths = squared_norms(entries.rows).sqrt()
+        return lengths.new_zeros(call.size).index_add(0, entries.samples, lengths)
+
     def weighted_sum(self, call: Call, name: str, weights: Tensor) -> Tensor:
         """Returns the sum of all rows, each times its sample's weight, by id, [V, d]."""
         entries = self.entries(call)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpsgd.rules.registry import Call, Rule, register
-from dpsgd.rules.rows import product_norms, weighted_rows
+from dpsgd.rules.rows import product_norms, spread, weighted_rows
 
 
 class Affine(Rule):
@@ -58,6 +58,10 @@ class Affine(Rule):
         a, g = (torch.cat(parts, dim=1) for parts in zip(*operands))
         arguments = {**calls[0].arguments, self.samples[0]: a}
         return replace(calls[0], arguments=arguments, g=g)
+
+    def spread(self, call: Call, name: str) -> Tensor:
+        """Returns sum_t ||a_t|| ||g_t||."""
+        return spread(*self.operands(call))
 
     def operands(self, call: Call) -> tuple[Tensor, Tensor]:
         """Returns input [B, T, d] and output gradient [B, T, p]."""

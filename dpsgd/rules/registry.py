@@ -109,6 +109,14 @@ class Rule(ABC):
         """
         return None
 
+    def spread(self, call: Call, name: str) -> Tensor:
+        """Returns what bounds the rounding error of the gradients, over eps: [B], in float64.
+
+        The sum of the norms of the terms that a gradient consists of. A rule with a way to `cross`
+        has more than one term and says so.
+        """
+        return self.squared_norms(call, name).sqrt()
+
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """Returns the arguments of a call by name; None if they are not those of the rule."""
         names, defaults = self._signature

@@ -77,38 +77,38 @@ def product_norms(a: Tensor, g: Tensor) -> Tensor:
     positions, d, p = a.shape[1], a.shape[2], g.shape[2]
     if positions == 1:
         return squared_norms(a) * squared_norms(g)
-    spread = _spread(a, g)
+    reach = spread(a, g)
     if 2 * positions**2 > GRAM_SHARE * d * p:
-        return _formed_norms(a, g, spread)
+        return _formed_norms(a, g, reach)
     squares = by_chunks(
         len(a), 2 * positions**2 * a.element_size(), lambda rows: _gram_norms(a[rows], g[rows])
     )
-    error = 2 * torch.finfo(a.dtype).eps * spread.square()
+    error = 2 * torch.finfo(a.dtype).eps * reach.square()
     doubtful = ~(error <= _DOUBT * squares) | ~torch.isfinite(squares) | (squares < _TINY)
     squares = squares + error
     if doubtful.any():
-        formed = _formed_norms(a[doubtful], g[doubtful], spread[doubtful])
+        formed = _formed_norms(a[doubtful], g[doubtful], reach[doubtful])
         squares = squares.masked_scatter(doubtful, formed)
     return squares
 
 
-def rounded_up(squares: Tensor, spread: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns (sqrt(squares) + 2 eps spread)^2: no less than the norm of the same sum taken anew.
+def rounded_up(squares: Tensor, reach: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns (sqrt(squares) + 2 eps reach)^2: no less than the norm of the same sum taken anew.
 
     Args:
         squares: Squared norms of sums [B].
-        spread: The sums of the norms of their terms [B].
+        reach: The sums of the norms of their terms [B].
         dtype: The precision the sums were taken in.
     """
-    return (squares.sqrt() + 2 * torch.finfo(dtype).eps * spread).square()
+    return (squares.sqrt() + 2 * torch.finfo(dtype).eps * reach).square()
 
 
-def _formed_norms(a: Tensor, g: Tensor, spread: Tensor) -> Tensor:
+def _formed_norms(a: Tensor, g: Tensor, reach: Tensor) -> Tensor:
     size = a.shape[2] * g.shape[2] * a.element_size()
     squares = by_chunks(
         len(a), size, lambda rows: squared_norms(torch.bmm(g[rows].transpose(1, 2), a[rows]))
     )
-    return rounded_up(squares, spread, a.dtype)
+    return rounded_up(squares, reach, a.dtype)
 
 
 def _gram_norms(a: Tensor, g: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ def _gram_norms(a: Tensor, g: Tensor) -> Tensor:
     return grams.sum((1, 2), dtype=_wide(a))
 
 
-def _spread(a: Tensor, g: Tensor) -> Tensor:
-    """sum_t ||a_t|| ||g_t||, [B]."""
+def spread(a: Tensor, g: Tensor) -> Tensor:
+    """Returns sum_t ||a_t|| ||g_t||, [B]: what a sum of products may lose to rounding, over eps."""
     products = squared_norms(a.flatten(0, 1)) * squared_norms(g.flatten(0, 1))
     return products.sqrt().view(a.shape[:2]).sum(1)
 

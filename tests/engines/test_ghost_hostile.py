@@ -11,6 +11,7 @@ from cases import squares
 from test_ghost import agree, batch
 from torch import nn
 
+from dpsgd import clipping
 from dpsgd.engines import Ghost, Loop
 from dpsgd.rules import rows
 
@@ -302,3 +303,102 @@ def test_a_large_table_is_not_expanded():
     grads = Ghost(model, squares)(torch.randint(50_000, (16, 10)))
     assert grads.routes() == {"w": "indexed"}
     assert all(use.bytes_held < 1e5 for use in grads._parts[0].uses["w"])
+
+
+def hooked_weight(m, x):
+    w = m.w * 1
+    w.register_hook(lambda g: g / g.norm())
+    return F.linear(x, w)
+
+
+def hooked_parameter(m, x):
+    m.w.register_hook(lambda g: g * 0)
+    return F.linear(x, m.w)
+
+
+def hooked_then_changed(m, x):
+    h = F.linear(x, m.w)
+    h.register_hook(lambda g: g * 3)
+    h.mul_(2)
+    return h
+
+
+@pytest.mark.parametrize("run", [hooked_weight, hooked_parameter, hooked_then_changed])
+def test_hooks_that_would_not_see_the_right_gradients_are_refused(run):
+    with pytest.raises(ValueError, match="hooks on"):
+        Ghost(Call(run, w=P(3, 4)), squares)(torch.randn(5, 4))
+
+
+class Clamped(torch.autograd.Function):
+    """A backward that is not linear."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w):
+        return w * 1
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(-1, 1)
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0, 1e9])
+def test_a_weight_with_a_nonlinear_backward_is_pulled_back_sample_by_sample(kept, monkeypatch):
+    monkeypatch.setattr("dpsgd.engines.ghost.taped.KEPT_SHARE", kept)
+    model = Call(lambda m, x: F.linear(x, Clamped.apply(m.w)), w=P(16, 16)).double()
+    x = batch(4, 3, 16)
+    weights = torch.tensor([1e-3, 0.5, 0.0, 2.0]).double()
+    actual, expected = (e(model, squares)(x).weighted_sum(weights) for e in (Ghost, Loop))
+    torch.testing.assert_close(actual, expected)
+
+
+CANCELLING = {
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(Linear(64, 64, bias=False)),
+    "computed": lambda: Call(lambda m, x: F.linear(x, m.w * 2), w=P(64, 64)),
+    "two_spellings": lambda: Call(lambda m, x: F.linear(x, m.w) + x @ m.w, w=P(64, 64)),
+    "overlapping": lambda: Call(
+        lambda m, x: F.linear(x, m.w[:40]).sum(-1) + F.linear(x, m.w[24:]).sum(-1), w=P(64, 64)
+    ),
+    "index": lambda: Call(lambda m, x: m.w[(x[..., 0] > 0).long()] * x + x @ m.w.t(), w=P(64, 64)),
+    "plain": lambda: Linear(64, 64),
+    "conv": lambda: Call(lambda m, x: m.c(x.transpose(1, 2)), c=nn.Conv1d(64, 64, 1)),
+}
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [1e3, 1e7])
+@pytest.mark.parametrize("name", CANCELLING)
+def test_terms_that_cancel_do_not_exceed_the_clip_norm(name, scale, kept, monkeypatch):
+    """What they leave behind in float32 is another rounding error in every order of summation."""
+    monkeypatch.setattr("dpsgd.engines.ghost.taped.KEPT_SHARE", kept)
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 64) * scale
+    x[:, 1], x[:, 2] = -x[:, 0], torch.randn(4, 64) * 1e-3
+    grads = Ghost(CANCELLING[name](), lambda m, b: m(b).flatten(1).sum(1))(x)
+    weights = clipping.Flat(0.01)(grads.norms())[:, 0]
+    for i in range(4):
+        sums = grads.weighted_sum(torch.eye(4)[i] * weights).values()
+        assert sum(s.double().square().sum() for s in sums).sqrt() <= 0.01 * (1 + 1e-5)
+
+
+def test_samples_kept_in_a_container_are_refused_and_removed():
+    def run(m, x):
+        if "first" not in m.cache:
+            m.cache["first"] = x
+        return m.a(x) * m.cache["first"]
+
+    model = Call(run, a=Linear(4, 4), cache={})
+    with pytest.raises(ValueError, match="'cache'"):
+        Ghost(model, squares)(torch.randn(3, 4))
+    assert model.cache == {}
+
+
+def test_one_index_keeps_its_dimension():
+    index = torch.tensor(1)
+    model = Call(lambda m, x: x[0].index_select(0, index)[None] * m.w, w=P(4)).double()
+    agree(model, squares, batch(3, 3, 4))

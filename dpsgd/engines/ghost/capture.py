@@ -75,6 +75,7 @@ class Capture(TorchFunctionMode):
         self.per_sample = per_sample
         self.restart: Restart | None = None
         self.split: Split | None = None
+        self.hooked: list[tuple[Tensor, int]] = []
         self.failed: tuple[BaseException, Function] | None = None
         self._special = special
         self._aliases: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -90,7 +91,7 @@ class Capture(TorchFunctionMode):
             if treatment is not None:
                 return treatment(self, func, args, kwargs)
             return self.call(func, args, kwargs)
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError, IndexError) as error:
             if self.failed is None or self.failed[0] is not error:
                 self.failed = error, func
             raise
@@ -151,9 +152,18 @@ class Capture(TorchFunctionMode):
             Split: See there.
             RuntimeError: If a function failed under vmap that may not fail otherwise.
         """
+        if any(tensor._version != version for tensor, version in self.hooked):
+            raise ValueError(
+                "Expected tensors with hooks on their gradients to stay as they are, but one was "
+                "changed in place afterwards. Change a copy, or use engine=loop."
+            )
         for raised in (self.split, self.restart, self.failed and self.failed[0]):
             if raised is not None:
                 raise raised
+
+    def caused(self, error: BaseException) -> str | None:
+        """Returns the name of the function that an error came from, if it was a captured one."""
+        return self.failed[1].__name__ if self.failed and self.failed[0] is error else None
 
     def make_per_sample(self, why: str) -> None:
         """Asks for another run with what is made without samples made for each of them.

@@ -46,14 +46,19 @@ def _register_hook(
     """A hook on a gradient, which sees that of one sample."""
     x, hook = args
     if not capture.samples.holds(x):
-        return func(*args, **kwargs)
+        raise ValueError(
+            "Expected no hooks on gradients of parameters, of weights computed from them or inside "
+            "torch.func transforms: they would not see per-sample gradients. Use engine=loop."
+        )
+    inner = capture.samples.inside(x)
+    capture.hooked.append((inner, inner._version))
 
     def of_each(g: Tensor) -> Tensor | None:
         with capture:
             changed = hook(capture.samples.like(g, x))
         return None if changed is None else capture.samples.inside_as(changed, x)
 
-    return capture.samples.inside(x).register_hook(of_each)
+    return inner.register_hook(of_each)
 
 
 def _data(

@@ -93,7 +93,9 @@ class Ghost(Engine):
                 tape.backward(physical, capture)
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, NotImplementedError) as error:
+            except (RuntimeError, NotImplementedError, IndexError) as error:
+                if isinstance(error, IndexError) and not capture.caused(error):
+                    raise
                 raise ValueError(self._explained(error, capture)) from error
             return capture.samples.leave(physical.detach())
 
@@ -101,8 +103,7 @@ class Ghost(Engine):
         return Part(rows, losses, tape.records, parameters)
 
     def _explained(self, error: BaseException, capture: Capture) -> str:
-        known = capture.failed is not None and capture.failed[0] is error
-        function = capture.failed[1].__name__ if known and capture.failed else "the model"
+        function = capture.caused(error) or "the model"
         place = _place(error, self.model)
         return (
             f"engine=ghost cannot run {function}{place} with the samples kept apart: {error} Use "

@@ -15,10 +15,11 @@ from dpsgd.engines.ghost.physical import is_wrapped
 def no_leftovers(model: nn.Module) -> Iterator[None]:
     """Puts back what modules had before where a forward pass leaves tensors of samples.
 
-    Such tensors are of no use outside: caches, attention maps kept for plotting.
+    Such tensors are of no use outside: attention maps kept for plotting, features for a probe.
 
     Raises:
-        ValueError: If it was a buffer: state would have been learnt from samples.
+        ValueError: If samples were left in a buffer or a container, where the next batch would
+            meet them: state would have been learnt from samples.
     """
     before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
     left: list[str] = []
@@ -28,18 +29,38 @@ def no_leftovers(model: nn.Module) -> Iterator[None]:
         for module, attributes, buffers in before:
             _put_back(vars(module), attributes)
             left += _put_back(module._buffers, buffers)
+            left += [name for name, value in vars(module).items() if _emptied(value)]
     if left:
         raise ValueError(
-            f"Expected a forward pass to leave buffers as they are, but it assigns samples to "
-            f"{left}. Such state would learn from the records without noise."
+            f"Expected a forward pass to keep no samples, but it leaves some in the buffers or "
+            f"containers {left}. The next batch would meet them, without noise."
         )
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    left = [k for k, value in now.items() if isinstance(value, Tensor) and is_wrapped(value)]
+    left = [key for key, value in now.items() if isinstance(value, Tensor) and is_wrapped(value)]
     for key in left:
         if key in before:
             now[key] = before[key]
         else:
             del now[key]
     return left
+
+
+def _emptied(container: Any) -> bool:
+    """Removes samples from a list or a dictionary; whether there were any."""
+    if isinstance(container, dict):
+        left = [key for key, value in container.items() if _of_samples(value)]
+        for key in left:
+            del container[key]
+        return bool(left)
+    if isinstance(container, list) and any(map(_of_samples, container)):
+        container[:] = [value for value in container if not _of_samples(value)]
+        return True
+    return False
+
+
+def _of_samples(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_of_samples, value))
+    return isinstance(value, Tensor) and is_wrapped(value)

@@ -59,14 +59,6 @@ class Source:
         """The precision of sums of gradients: the parameter's, float32 at least."""
         return torch.promote_types(self.parameter.dtype, torch.float32)
 
-    @property
-    def rounds(self) -> bool:
-        """Whether gradients of the weight are rounded to less than the parameter's precision.
-
-        Then a sum must not be pulled back as one: it would be rounded once for all samples.
-        """
-        return torch.finfo(self.weight.dtype).bits < torch.finfo(self.dtype).bits
-
     def pull(self, grads: Tensor) -> Tensor:
         """Returns gradients of the weight [b, *weight.shape] as ones of the parameter."""
         if self.same:

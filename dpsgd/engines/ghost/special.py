@@ -90,6 +90,16 @@ def _select_scatter(
         return torch.slice_scatter(x, src.unsqueeze(dim), dim, index, index + 1)
 
 
+def _index_select(
+    capture: Capture, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """One index is a row of one; vmap's own rule drops its dimension (PyTorch 2.13)."""
+    given = {**dict(zip(("input", "dim", "index"), args)), **kwargs}
+    index = given["index"]
+    given["index"] = index.unsqueeze(0) if index.dim() == 0 else index
+    return capture.call(func, tuple(given[name] for name in ("input", "dim", "index")), {})
+
+
 def _roll(
     capture: Capture, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
@@ -110,7 +120,15 @@ def _restride(
 
 SPECIAL: Mapping[Callable[..., Any], Treatment] = {
     **dict.fromkeys((F.batch_norm, torch.batch_norm), _batch_norm),
-    **dict.fromkeys((F.multi_head_attention_forward, F.triplet_margin_with_distance_loss), _opened),
+    **dict.fromkeys(
+        (
+            F.multi_head_attention_forward,
+            F.triplet_margin_with_distance_loss,
+            getattr(F, "linear_cross_entropy", F.multi_head_attention_forward),  # torch >= 2.13
+        ),
+        _opened,
+    ),
+    **dict.fromkeys((torch.index_select, Tensor.index_select), _index_select),
     F.scaled_dot_product_attention: _attention,
     **dict.fromkeys((Tensor.to, Tensor.contiguous), _layout),
     **dict.fromkeys((torch.select_scatter, Tensor.select_scatter), _select_scatter),

@@ -78,6 +78,7 @@ class Part:
         self.foreign: list[Tensor] = []
         self._formed: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
+        self._by_rows: set[str] = set()
         names = {id(p): name for name, p in parameters.items()}
         known: dict[int, tuple[list[Source], list[Tensor]]] = {}
         for record in records:
@@ -104,16 +105,14 @@ class Part:
         index = None if usable.all() else usable.nonzero()[:, 0]
         if name in self._formed:
             return weighted_rows(weights, self._formed[name], index)
+        if name in self._by_rows:
+            return self._sum_formed(name, weights, usable)
         total: Tensor | None = None
         for use in self.uses[name]:
-            call = use.wide()
+            call = use.wide() if index is None else use.wide().rows(index)
             own = weights if index is None else weights[index]
-            call = call if index is None else call.rows(index)
-            if use.source.rounds and not use.source.view:
-                part = self._sum_formed(use, call, own)
-            else:
-                part = use.rule.weighted_sum(call, use.argument, own)
-                part = use.source.pull(part.view(1, *use.source.weight.shape))[0]
+            part = use.rule.weighted_sum(call, use.argument, own)
+            part = use.source.pull(part.view(1, *use.source.weight.shape))[0]
             total = part if total is None else total + part
         return self._zeros(name) if total is None else total
 
@@ -127,7 +126,7 @@ class Part:
         uses = self.uses[name]
         if not uses:
             return self.losses.new_zeros(len(self.rows), dtype=torch.float64)
-        size = len(self.rows) * self.shapes[name].numel() * uses[0].call.g.element_size()
+        size = len(self.rows) * self._bytes_per_row(name)
         if size <= KEPT_SHARE * sum(use.bytes_held for use in uses):
             self._formed[name] = self._form(name, slice(None))  # no larger than what it replaces
             return squared_norms(self._formed[name])
@@ -153,30 +152,40 @@ class Part:
             if cross is None:
                 return self._norms_formed(u.source.name)
             crosses.append(cross)
-        return self._unless_cancelled(uses[0].source.name, total, 2 * torch.stack(crosses).sum(0))
+        return self._unless_cancelled(uses, total, 2 * torch.stack(crosses).sum(0))
 
-    def _unless_cancelled(self, name: str, alone: Tensor, crossed: Tensor) -> Tensor:
-        """Alone + crossed, formed instead where that cancels: a norm is never under-estimated."""
+    def _unless_cancelled(self, uses: Sequence[Use], alone: Tensor, crossed: Tensor) -> Tensor:
+        """Alone + crossed, rounded up; formed instead where that cancels."""
         squares = alone + crossed
-        error = 100 * torch.finfo(self.uses[name][0].source.dtype).eps * alone
-        doubtful = ~(squares > 1e3 * error)
-        if not doubtful.any():
+        spreads = [use.rule.spread(use.wide(), use.argument) for use in uses]
+        eps = torch.finfo(uses[0].source.dtype).eps
+        error = 4 * eps * torch.stack(spreads).sum(0).square()
+        if (error <= 1e-3 * squares).all():  # false for NaN
             return squares + error
-        formed = self._norms_formed(name, doubtful.nonzero()[:, 0])
-        return (squares + error).masked_scatter(doubtful, formed)
+        return self._norms_formed(uses[0].source.name)
 
-    def _sum_formed(self, use: Use, call: Call, weights: Tensor) -> Tensor:
-        each = use.source.parameter.numel() * call.g.element_size()
+    def _norms_formed(self, name: str) -> Tensor:
+        """The norms of the gradients as they are formed; the sum will be one of the same rows.
+
+        Terms that cancel leave a rounding error behind, another one in every order of summation: a
+        norm is only right for the very rows that it was taken of.
+        """
+        self._by_rows.add(name)
+        return by_chunks(
+            len(self.rows),
+            self._bytes_per_row(name),
+            lambda rows: squared_norms(self._form(name, rows)),
+        )
+
+    def _sum_formed(self, name: str, weights: Tensor, usable: Tensor) -> Tensor:
         sums = [
-            weighted_rows(weights[rows], use.formed(call.rows(rows)))
-            for rows in chunks(call.size, each)
+            weighted_rows(weights[rows], self._form(name, rows), usable[rows])
+            for rows in chunks(len(self.rows), self._bytes_per_row(name))
         ]
         return torch.stack(sums).sum(0)
 
-    def _norms_formed(self, name: str, rows: Tensor | None = None) -> Tensor:
-        index = torch.arange(len(self.rows)) if rows is None else rows
-        each = self.shapes[name].numel() * self.uses[name][0].call.g.element_size()
-        return by_chunks(len(index), each, lambda s: squared_norms(self._form(name, index[s])))
+    def _bytes_per_row(self, name: str) -> int:
+        return self.shapes[name].numel() * self.uses[name][0].call.g.element_size()
 
     def _form(self, name: str, rows: slice | Tensor) -> Tensor:
         total: Tensor | None = None
