@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpsgd.clipping import Clipping
 from dpsgd.engines import Batch, Engine
@@ -114,6 +115,7 @@ class PrivateStep:
         try:
             if not self._sums:  # the last step's gradients need not outlive the forward pass
                 self.optimizer.zero_grad(set_to_none=True)
+            _check_no_batch_statistics(self.engine.model)
             grads = self.engine(batch)
             groups = self.clipping.groups(list(self.engine.parameters))
             norms = grads.norms(groups)
@@ -157,6 +159,18 @@ class PrivateStep:
     def discard(self) -> None:
         """Forgets what has been accumulated since the last release. No noise is spent."""
         self._sums = {}
+
+
+def _check_no_batch_statistics(model: nn.Module) -> None:
+    """Raises for batch normalisation that learns from the batch, whatever the engine makes of it."""
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"Expected no batch normalisation with batch statistics, got '{path}' "
+                f"({type(module).__name__}): it mixes the samples, and its running statistics "
+                "would learn from them without noise. Use GroupNorm; "
+                "dpsgd.checks.replace_batch_norm does that."
+            )
 
 
 def _column(mask: Tensor, weights: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ def test_preflight_tells_the_route_of_each_parameter():
 
     passed = checks.preflight(engines.Ghost(model, loss), batch(4, 4))
     assert passed.engine == "Ghost"
-    assert passed.routes["0.parametrizations.weight.original1"] == "computed, linear"
+    assert passed.routes["0.parametrizations.weight.original1"] == "linear (computed)"
     assert passed.routes["1.in_proj_weight"] == "linear"
     assert "1.in_proj_weight" in str(passed)
     assert set(checks.preflight(engines.Vmap(model, loss), batch(4, 4)).routes.values()) == {
@@ -347,4 +347,11 @@ def test_random_numbers_of_python_and_numpy_are_replayed():
             nn.Linear(4, 3),
             lambda m, x: squares(m, x) + torch.rand(4, generator=generator),
             batch(4, 4),
+        )
+
+
+def test_losses_that_reach_no_parameter_are_refused():
+    with pytest.raises(ValueError, match="all gradients are zero"):
+        checks.preflight(
+            engines.Ghost(nn.Linear(4, 3), lambda m, b: m(b).detach().sum(1)), batch(4, 4)
         )

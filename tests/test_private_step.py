@@ -167,3 +167,22 @@ def test_bfloat16_parameters_are_summed_and_noised_in_float32():
     step = make(model, noise_multiplier=1.0)
     step(data().bfloat16())
     assert model.weight.dtype == model.weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("engine", [engines.Loop, engines.Vmap, engines.Ghost])
+@pytest.mark.parametrize("tracked", [True, False])
+def test_batch_statistics_are_refused_whatever_the_engine(engine, tracked):
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3, track_running_stats=tracked)
+    )
+    step = PrivateStep(
+        engine(model, lambda m, b: m(b).sum(1)),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        clipping=clipping.Flat(1.0),
+        noise=Gaussian(),
+        noise_multiplier=1.0,
+        expected_batch_size=4,
+    )
+    with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\).*replace_batch_norm"):
+        step(torch.randn(4, 4))
+    assert tracked is False or not model[1].running_mean.any()

@@ -222,10 +222,29 @@ def test_rows_picked_by_ids(size, ids, rows, dims):
 
 
 def test_registering_twice_is_refused():
+    class Other(type(rules.lookup(torch.prelu))):
+        pass
+
     with pytest.raises(ValueError, match="second one"):
-        rules.register(torch.prelu)(type(rules.lookup(torch.prelu)))
+        rules.register(torch.prelu)(Other)
     with pytest.raises(ValueError, match="second one"):
         rules.register_layer(nn.Linear)(lambda module, input: None)
+    rules.register(torch.prelu)(type(rules.lookup(torch.prelu)))  # a cell that runs twice
+
+
+def test_names_that_are_no_arguments_are_refused():
+    class Misnamed(type(rules.lookup(torch.prelu))):
+        samples = ("inputs",)
+
+    with pytest.raises(ValueError, match=r"Misnamed.*\['inputs'\]"):
+        rules.register(torch.celu)(Misnamed)
+
+
+def test_gradients_of_the_wrong_shape_are_named(monkeypatch):
+    rule = type(rules.lookup(torch.prelu))
+    monkeypatch.setattr(rule, "materialize", lambda self, call, name: call.g)
+    with pytest.raises(ValueError, match=r"rule Prelu .*'weight' \(of 'weight'\)"):
+        engines.Ghost(nn.PReLU(), squares)(torch.randn(3, 4)).norms()
 
 
 def test_a_subclass_that_only_adds_a_constructor_keeps_its_description():

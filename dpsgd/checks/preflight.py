@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from dpsgd.checks.agreement import check_agreement, check_coverage
 from dpsgd.checks.independence import check_independence
 from dpsgd.checks.state import check_runs, check_unchanged_state, restored
 from dpsgd.engines import Batch, Engine
+from dpsgd.engines.batch import size_of
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class Preflight:
         engine: The engine's name.
         routes: For each trainable parameter how the engine gets its gradients. With the ghost
             engine: the rule of a function ("linear"), "expanded" where a function has no rule and
-            takes one weight per sample, "computed, ..." where the weight is computed from the
-            parameter.
+            takes one weight per sample, "... (computed)" where the weight is computed from the
+            parameter, "unused" where the losses do not reach it. "formed" with other engines.
     """
 
     engine: str
@@ -53,4 +56,12 @@ def preflight(engine: Engine, batch: Batch) -> Preflight:
     check_agreement(engine, batch)
     check_coverage(engine, batch)
     with restored(engine.model):
-        return Preflight(type(engine).__name__, engine(batch).routes())
+        grads = engine(batch)
+        if not any(
+            total.any() for total in grads.weighted_sum(torch.ones(size_of(batch))).values()
+        ):
+            raise ValueError(
+                "Expected losses that depend on the parameters, but all gradients are zero: "
+                "training would follow the noise alone. Is something detached?"
+            )
+        return Preflight(type(engine).__name__, grads.routes())

@@ -26,12 +26,12 @@ def register_layer(*module_types: type[nn.Module]) -> Callable[[_L], _L]:
     """Returns a decorator that makes a function say what these modules compute.
 
     Raises:
-        ValueError: If there is one already.
+        ValueError: If another module has registered one already.
     """
 
     def decorate(layer: _L) -> _L:
         for module_type in module_types:
-            if module_type in _LAYERS:
+            if module_type in _LAYERS and _LAYERS[module_type].__module__ != layer.__module__:
                 raise ValueError(
                     f"Expected no description yet of {module_type.__name__}, got a second one."
                 )

@@ -149,7 +149,8 @@ def register(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
             `torch.layer_norm`, `torch.Tensor.matmul`.
 
     Raises:
-        ValueError: If there is a rule already.
+        ValueError: If there is a rule already (the same class again replaces itself, so that a
+            cell of a notebook can run twice), or its names are not arguments of its forward.
     """
 
     def decorate(kind: _R) -> _R:
@@ -165,10 +166,22 @@ def add(rule: Rule, *functions: Callable[..., Any]) -> None:
     Raises:
         ValueError: If there is a rule already.
     """
+    names, _ = rule._signature
+    unknown = [name for name in (*rule.samples, *rule.weights) if name not in names]
+    if unknown:
+        raise ValueError(
+            f"Expected samples and weights of {type(rule).__name__} to be arguments of its "
+            f"forward, {names}, got {unknown}."
+        )
     for function in functions:
-        if function in _RULES:
+        if function in _RULES and not _same_class(_RULES[function], rule):
             raise ValueError(f"Expected no rule yet for {function}, got a second one.")
         _RULES[function] = rule
+
+
+def _same_class(first: Rule, second: Rule) -> bool:
+    one, other = type(first), type(second)
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def lookup(function: Callable[..., Any]) -> Rule | None:

@@ -105,10 +105,17 @@ class Ghost(Engine):
     def _explained(self, error: BaseException, capture: Capture) -> str:
         function = capture.caused(error) or "the model"
         place = _place(error, self.model)
+        hint = _MASKS if "boolean mask" in str(error) else ""
         return (
-            f"engine=ghost cannot run {function}{place} with the samples kept apart: {error} Use "
-            "engine=loop, which runs each sample on its own."
+            f"engine=ghost cannot run {function}{place} with the samples kept apart: "
+            f"{str(error).rstrip('. ')}. {hint}Use engine=loop, which runs each sample on its own."
         )
+
+
+_MASKS = (
+    "Instead of x[mask] = value write x.masked_fill(mask, value) or torch.where; instead of x[mask] "
+    "in a loss weigh the positions, (x * mask).sum(1), or use ignore_index; engine=hooks may run it. "
+)
 
 
 def _check_complete(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:

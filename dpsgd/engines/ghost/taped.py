@@ -43,12 +43,20 @@ class Use:
 
     def formed(self, call: Call) -> Tensor:
         """The gradients of the parameter for the samples of `call`, [b, *parameter.shape]."""
-        return self.source.pull(self.rule.materialize(call, self.argument))
+        formed = self.rule.materialize(call, self.argument)
+        expected = (call.size, *self.source.weight.shape)
+        if formed.shape != expected:
+            raise ValueError(
+                f"Expected the rule {type(self.rule).__name__} to return gradients of shape "
+                f"{list(expected)} for '{self.argument}' (of '{self.source.name}'), got "
+                f"{list(formed.shape)}."
+            )
+        return self.source.pull(formed)
 
     def route(self) -> str:
         """How the gradient comes about, in words."""
         how = "expanded" if self.rule is EXPANDED else type(self.rule).__name__.lower()
-        return how if self.source.view else f"computed, {how}"
+        return how if self.source.view else f"{how} (computed)"
 
 
 class Part:
