@@ -162,7 +162,7 @@ class PrivateStep:
 
 
 def _check_no_batch_statistics(model: nn.Module) -> None:
-    """Raises for batch normalisation that learns from the batch, whatever the engine makes of it."""
+    """Raises for batch normalisation that learns from the batch, whatever the engine does."""
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(

@@ -57,9 +57,8 @@ def preflight(engine: Engine, batch: Batch) -> Preflight:
     check_coverage(engine, batch)
     with restored(engine.model):
         grads = engine(batch)
-        if not any(
-            total.any() for total in grads.weighted_sum(torch.ones(size_of(batch))).values()
-        ):
+        sums = grads.weighted_sum(torch.ones(size_of(batch)))
+        if not any(total.any() for total in sums.values()):
             raise ValueError(
                 "Expected losses that depend on the parameters, but all gradients are zero: "
                 "training would follow the noise alone. Is something detached?"

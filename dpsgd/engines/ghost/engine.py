@@ -113,8 +113,9 @@ class Ghost(Engine):
 
 
 _MASKS = (
-    "Instead of x[mask] = value write x.masked_fill(mask, value) or torch.where; instead of x[mask] "
-    "in a loss weigh the positions, (x * mask).sum(1), or use ignore_index; engine=hooks may run it. "
+    "Instead of x[mask] = value write x.masked_fill(mask, value) or torch.where; instead of "
+    "x[mask] in a loss weigh the positions, (x * mask).sum(1), or use ignore_index; engine=hooks "
+    "may run it. "
 )
 
 
