@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,36 +30,30 @@ def check_no_reentrant_checkpoint(losses: Tensor) -> None:
     Raises:
         ValueError: Naming the other kind of checkpoint.
     """
-    stack, seen = [losses.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(
-                "Expected torch.utils.checkpoint with use_reentrant=False, got a reentrant one, "
-                "which hides its parameters from torch.autograd.grad."
-            )
-        stack.extend(child for child, _ in node.next_functions)
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(losses)):
+        raise ValueError(
+            "Expected torch.utils.checkpoint with use_reentrant=False, got a reentrant one, "
+            "which hides its parameters from torch.autograd.grad."
+        )
 
 
 def leaves(losses: Tensor) -> list[Tensor]:
     """Returns the leaves that require a gradient and that the losses reach."""
-    found: dict[int, Tensor] = {}
+    if losses.grad_fn is None:
+        return [losses] if losses.requires_grad else []
+    variables = (getattr(node, "variable", None) for node in _nodes(losses))
+    return list({id(v): v for v in variables if isinstance(v, Tensor)}.values())
+
+
+def _nodes(losses: Tensor) -> Iterator[Node]:
+    """The nodes of the graph of a tensor, each once."""
     stack, seen = [losses.grad_fn], set()
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found[id(variable)] = variable
-        stack.extend(child for child, _ in node.next_functions)
-    if losses.grad_fn is None and losses.requires_grad:
-        found[id(losses)] = losses
-    return list(found.values())
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(child for child, _ in node.next_functions)
 
 
 def uncaptured(losses: Tensor, regions: Collection[Region], names: Mapping[int, str]) -> list[str]:
