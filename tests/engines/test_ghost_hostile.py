@@ -402,3 +402,24 @@ def test_one_index_keeps_its_dimension():
     index = torch.tensor(1)
     model = Call(lambda m, x: x[0].index_select(0, index)[None] * m.w, w=P(4)).double()
     agree(model, squares, batch(3, 3, 4))
+
+
+@pytest.mark.parametrize("size", [5, 1])
+def test_a_weight_written_into_a_constant_is_written_once(size):
+    def run(m, x):
+        scale = torch.linspace(1, 2, 4, dtype=x.dtype)
+        scale.add_(m.w)
+        out = torch.zeros(len(x), 4, dtype=x.dtype)
+        out += x * scale
+        return torch.tanh(out)
+
+    agree(Call(run, w=P(4)).double(), squares, batch(size, 4))
+
+
+def test_samples_that_a_function_takes_out_of_vmap_are_refused():
+    def run(m, x):
+        inner = torch._C._functorch.get_unwrapped(m.a(x)).sum()
+        return x * inner + m.b(x)
+
+    with pytest.raises(ValueError, match=r"out of torch\.vmap"):
+        Ghost(Call(run, a=Linear(4, 4), b=Linear(4, 4)), squares)(torch.randn(5, 4))

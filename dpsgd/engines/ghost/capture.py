@@ -233,7 +233,8 @@ class Capture(TorchFunctionMode):
                     self.make_per_sample(f"{func.__name__} writes into a constant")
                 raise
         made = kinds_of((result,))
-        if weights and torch.is_grad_enabled() and (made & SAMPLES or (made and self.per_sample)):
+        again = weights and torch.is_grad_enabled() and not writes(func)
+        if again and (made & SAMPLES or (made and self.per_sample)):
             args, kwargs = self.with_expanded_weights(args, kwargs)
             return self._plainly(func, args, kwargs)
         if self.per_sample and func in FACTORIES and not made:

@@ -100,7 +100,13 @@ class Ghost(Engine):
             return capture.samples.leave(physical.detach())
 
         losses = torch.vmap(run, randomness="different")(map_tensors(_as_one, batch))
-        return Part(rows, losses, tape.records, parameters)
+        part = Part(rows, losses, tape.records, parameters)
+        if any(leaf is tape.anchor for leaf in part.foreign):
+            raise ValueError(
+                "engine=ghost cannot run this model: some function takes samples out of "
+                "torch.vmap, where their gradients would be lost. Use engine=loop."
+            )
+        return part
 
     def _explained(self, error: BaseException, capture: Capture) -> str:
         function = capture.caused(error) or "the model"

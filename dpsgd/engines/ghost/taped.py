@@ -94,7 +94,7 @@ class Part:
                 weight = record.call[argument]
                 if id(weight) not in known:
                     known[id(weight)] = sources_of(weight, names)
-                    self.foreign += [x for x in known[id(weight)][1] if x.numel()]
+                    self.foreign += known[id(weight)][1] if weight.numel() else []
                 for source in known[id(weight)][0]:
                     use = Use(record.site.rule, record.call, argument, source)
                     self.uses[source.name].append(use)
