@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dpsgd import rng
+from dpsgd.normals import Normals
 
-_HALF = 1024
-_BLOCK = 2 * _HALF
-_CHUNK = 64 * _BLOCK
 _NOT_COPIED = (
     "Expected one Gaussian per run, got a copy or a pickle: it would add the same noise to another "
     "sum, and carry the key. Make a new Gaussian()."
@@ -33,6 +32,8 @@ class Gaussian:
 
     def __init__(self, key: bytes | None = None) -> None:
         self._key = rng.fresh_key() if key is None else rng.check_key(key)
+        self._normals = Normals()
+        self._lock = threading.Lock()
         self._used_below = 0
         self._used: set[int] = set()
 
@@ -66,14 +67,15 @@ class Gaussian:
                 difference), or an argument makes no sense.
         """
         self._check(sums, std, offsets)
-        self._use(step)
-        key = rng.derive(self._key, "noise", step)
-        position = 0
-        for name, total in sums.items():
-            start = position if offsets is None else offsets[name]
-            noise = normals(key, start, total.numel()).view(total.shape)
-            total.add_(noise.to(device=total.device, dtype=total.dtype), alpha=std)
-            position += total.numel()
+        with self._lock:
+            self._use(step)
+            key = rng.derive(self._key, "noise", step)
+            for start, total in _spans(sums, offsets):
+                flat = total.view(-1) if total.is_contiguous() else total.new_zeros(total.numel())
+                for place, noise in self._normals.pieces(key, start, total.numel(), std):
+                    flat[place : place + len(noise)].add_(noise.to(total.device))
+                if not total.is_contiguous():
+                    total.add_(flat.view(total.shape))
 
     def _check(
         self, sums: Mapping[str, Tensor], std: float, offsets: Mapping[str, int] | None
@@ -109,26 +111,35 @@ class Gaussian:
             self._used_below += 1
 
 
-def normals(key: bytes, start: int, count: int) -> Tensor:
-    """Returns the standard normals [start, start + count) of a key's stream, float32 [count].
+def _spans(
+    sums: Mapping[str, Tensor], offsets: Mapping[str, int] | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields (position, tensor), one tensor for all that follow each other in memory as well."""
+    position, waiting = 0, None
+    for name, total in sums.items():
+        start = position if offsets is None else offsets[name]
+        position += total.numel()
+        if waiting is not None and _follows(waiting, (start, total)):
+            waiting = waiting[0], _joined(waiting[1], total)
+        else:
+            if waiting is not None:
+                yield waiting
+            waiting = start, total
+    if waiting is not None:
+        yield waiting
 
-    Box and Muller (1958) on 32-bit words, in blocks of 1024 radii and 1024 angles, whole arrays at
-    a time. The largest value is sqrt(-2 ln 2^-33) = 6.76.
-    """
-    first, last = start // _BLOCK * _BLOCK, -(-(start + count) // _BLOCK) * _BLOCK
-    out = torch.empty(last - first, dtype=torch.float32)
-    for begin in range(first, last, _CHUNK):
-        size = min(_CHUNK, last - begin)
-        _box_muller(
-            rng.words(key, begin, size, torch.uint32), out[begin - first : begin - first + size]
-        )
-    return out[start - first : start - first + count]
+
+def _follows(first: tuple[int, Tensor], second: tuple[int, Tensor]) -> bool:
+    (start, a), (after, b) = first, second
+    return (
+        after == start + a.numel()
+        and a.dtype == b.dtype
+        and a.is_contiguous()
+        and b.is_contiguous()
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and b.storage_offset() == a.storage_offset() + a.numel()
+    )
 
 
-def _box_muller(words: Tensor, out: Tensor) -> None:
-    uniform = words.to(torch.float32).view(-1, 2, _HALF)
-    radius = uniform[:, 0].add(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
-    angle = uniform[:, 1].mul(math.tau * 2.0**-32)
-    blocks = out.view(-1, 2, _HALF)
-    torch.mul(radius, angle.cos(), out=blocks[:, 0])
-    torch.mul(radius, angle.sin(), out=blocks[:, 1])
+def _joined(a: Tensor, b: Tensor) -> Tensor:
+    return a.as_strided((a.numel() + b.numel(),), (1,), a.storage_offset())

@@ -39,28 +39,41 @@ def derive(key: bytes, purpose: str, *numbers: int) -> bytes:
     return hmac.new(check_key(key), message, hashlib.sha256).digest()
 
 
-def words(key: bytes, start: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Returns the words [start, start + count) of the key's AES-256-CTR stream.
-
-    Any part of the stream can be had without the rest.
+class Words:
+    """A place in memory for parts of AES-256-CTR streams, one at a time, and used again.
 
     Args:
-        key: 32 bytes, used for one stream only (see `derive`).
-        start: First word, counted in words of `dtype`.
-        count: Number of words.
-        dtype: torch.uint32 or torch.uint64.
+        count: The most words that are read at once.
+        dtype: A type of 4 or 8 bytes that the words are read as, torch.int32 for example.
     """
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-    first, size = start * dtype.itemsize, count * dtype.itemsize
-    block, skipped = divmod(first, _AES_BLOCK)
-    counter = modes.CTR(block.to_bytes(_AES_BLOCK, "big"))
-    encryptor = Cipher(algorithms.AES(check_key(key)), counter).encryptor()
-    stream = bytearray(skipped + size + _AES_BLOCK)
-    encryptor.update_into(bytes(skipped + size), stream)
-    return torch.frombuffer(stream, dtype=dtype, count=count, offset=skipped)
+    def __init__(self, count: int, dtype: torch.dtype) -> None:
+        size = count * dtype.itemsize + _AES_BLOCK
+        self._dtype = dtype
+        self._zeros = memoryview(bytes(size))
+        self._stream = bytearray(size + _AES_BLOCK)
+
+    def read(self, key: bytes, start: int, count: int) -> Tensor:
+        """Returns the words [start, start + count) of the key's stream, valid until the next call.
+
+        Any part of the stream can be had without the rest.
+
+        Args:
+            key: 32 bytes, used for one stream only (see `derive`).
+            start: First word.
+            count: Number of words.
+        """
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+        first, size = start * self._dtype.itemsize, count * self._dtype.itemsize
+        block, skipped = divmod(first, _AES_BLOCK)
+        counter = modes.CTR(block.to_bytes(_AES_BLOCK, "big"))
+        encryptor = Cipher(algorithms.AES(check_key(key)), counter).encryptor()
+        encryptor.update_into(self._zeros[: skipped + size], self._stream)
+        return torch.frombuffer(self._stream, dtype=self._dtype, count=count, offset=skipped)
 
 
 def uniforms(key: bytes, start: int, count: int) -> Tensor:
     """Returns float64 numbers in (0, 1] from the 64-bit words [start, start + count)."""
-    return words(key, start, count, torch.uint64).to(torch.float64).add_(0.5).mul_(2.0**-64)
+    words = Words(count, torch.uint64).read(key, start, count)
+    return words.to(torch.float64).add_(0.5).mul_(2.0**-64)

@@ -2,13 +2,23 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 from torch import nn
 
 from dpsgd import PrivateStep, clipping, engines
-from dpsgd.noise import Gaussian, normals
+from dpsgd.noise import Gaussian
+from dpsgd.normals import Normals
+
+
+def normals(key, start, count):
+    out = torch.empty(count)
+    for place, piece in Normals().pieces(key, start, count):
+        out[place : place + len(piece)] = piece
+    return out
 
 
 def released(steps=3, sigma=1.7, bound=0.3, dtype=torch.float32, key=None):
@@ -79,6 +89,59 @@ def test_noise_depends_on_the_flat_position_only(key):
     Gaussian(key).add_(shards, 2.0, step=7, offsets={"b": 3000 + 5 * 50, "a": 1001})
     assert torch.equal(shards["b"], whole["b"][5:20])
     assert torch.equal(shards["a"], whole["a"][1001:2000])
+
+
+BLOCK = 1 << 19
+
+
+@pytest.mark.parametrize(
+    "start, count",
+    [(0, 1), (1, 1), (17, 5000), (BLOCK // 2 - 3, 7), (BLOCK - 1, 2), (BLOCK + 5, 2 * BLOCK)],
+)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_part_of_the_stream_is_the_same_bits(key, start, count, threads):
+    """Whatever comes before it, how long it is, and however many threads draw it."""
+    whole = normals(key, 0, 4 * BLOCK)
+    used = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        part = normals(key, start, count)
+    finally:
+        torch.set_num_threads(used)
+    assert torch.equal(part, whole[start : start + count])
+
+
+def test_the_radii_and_angles_are_those_of_the_stream(key):
+    """An independent Box-Muller on the AES words, in double precision."""
+    cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+    words = np.frombuffer(cipher.update(bytes(4 * BLOCK)), dtype=np.int32).astype(np.float64)
+    radius = np.sqrt(-2 * np.log((np.abs(words[: BLOCK // 2]) + 0.5) / 2**31))
+    angle = words[BLOCK // 2 :] * np.pi / 2**31
+    expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+    found = normals(key, 0, BLOCK).numpy()
+    np.testing.assert_allclose(found, expected, atol=4e-4)  # radii near 0: float32 near u = 1
+    large = np.abs(expected) > 0.1
+    np.testing.assert_allclose(found[large], expected[large], rtol=1e-5)
+
+
+def test_one_flat_buffer_gets_the_noise_of_its_parts(key):
+    """Tensors that lie in one buffer are filled at once; one that lies apart is not mistaken."""
+    shapes = {"a": (30, 40), "b": (7,), "c": (), "d": (3, 5, 2)}
+    apart = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    flat = torch.zeros(sum(total.numel() for total in apart.values()))
+    views, at = {}, 0
+    for name, total in apart.items():
+        views[name] = flat[at : at + total.numel()].view(total.shape)
+        at += total.numel()
+    reverse = dict(reversed(views.items()))
+    Gaussian(key).add_(apart, 1.5, 3)
+    Gaussian(key).add_(views, 1.5, 3)
+    assert all(torch.equal(views[name], total) for name, total in apart.items())
+    flat.zero_()
+    Gaussian(key).add_(reverse, 1.5, 3)
+    other = {name: torch.zeros(shapes[name]) for name in reverse}
+    Gaussian(key).add_(other, 1.5, 3)
+    assert all(torch.equal(reverse[name], total) for name, total in other.items())
 
 
 def test_noise_is_added_to_strided_tensors_in_logical_order(key):

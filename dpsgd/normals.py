@@ -1,0 +1,78 @@
+"""Standard normals from a cryptographic stream, in pieces that stay in cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dpsgd import rng
+
+_HALF = 1 << 18
+_BLOCK = 2 * _HALF
+_PIECE = 1 << 17
+_ALIGNED = 1024
+_HALF_STEP = torch.tensor(2.0**-32)
+
+
+class Normals:
+    """The normals of any key, by their place in its stream; the memory is used again.
+
+    Box and Muller (1958): the stream consists of blocks of 2^18 radii, which make sqrt(-2 ln u),
+    and as many angles. A block's normals are its radii times the cosines of its angles, followed by
+    those times the sines. The largest is sqrt(-2 ln 2^-32) = 6.66.
+    """
+
+    def __init__(self) -> None:
+        self._size = 0
+
+    def pieces(
+        self, key: bytes, start: int, count: int, std: float = 1.0
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yields the normals [start, start + count) times std as (place, float32 tensor).
+
+        A tensor is valid until the next one; they come in no particular order. What a place holds
+        depends on nothing but the key and std.
+
+        Args:
+            key: 32 bytes, of this stream only.
+            start: Place of the first normal.
+            count: How many.
+            std: Their standard deviation.
+        """
+        self._make(min(_PIECE, -(-count // _ALIGNED) * _ALIGNED))
+        for block in range(start // _BLOCK * _BLOCK, start + count, _BLOCK):
+            spans = [
+                (max(start - at, 0), min(start + count - at, _HALF))
+                for at in (block, block + _HALF)
+            ]
+            first = min(low for low, high in spans if low < high) // _ALIGNED * _ALIGNED
+            for piece in range(first, max(high for _, high in spans), self._size):
+                cut = [(max(low, piece), min(high, piece + self._size)) for low, high in spans]
+                if any(low < high for low, high in cut):
+                    for at, normals in self._piece(key, block, cut, std):
+                        yield at - start, normals
+
+    def _make(self, size: int) -> None:
+        if size > self._size:
+            self._size = 1 << (size - 1).bit_length()
+            self._words = rng.Words(self._size, torch.int32)
+            self._memory = torch.empty(3, self._size)
+
+    def _piece(
+        self, key: bytes, block: int, spans: Sequence[tuple[int, int]], std: float
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The cosines and the sines of a block that are wanted, some of the same radii."""
+        first = min(low for low, high in spans if low < high) // _ALIGNED * _ALIGNED
+        size = -(-(max(high for _, high in spans) - first) // _ALIGNED) * _ALIGNED
+        radius, angle, out = self._memory[:, :size]
+        radius.copy_(self._words.read(key, block + first, size)).abs_()
+        torch.add(_HALF_STEP, radius, alpha=2.0**-31, out=radius)
+        radius.log_().mul_(-2 * std * std).sqrt_()
+        angle.copy_(self._words.read(key, block + _HALF + first, size)).mul_(math.pi * 2.0**-31)
+        for (low, high), wave, at in zip(spans, (torch.cos, torch.sin), (0, _HALF)):
+            if low < high:
+                wave(angle, out=out).mul_(radius)
+                yield block + at + low, out[low - first : high - first]
