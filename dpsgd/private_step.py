@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpsgd.clipping import Clipping
 from dpsgd.engines import Batch, Engine
+from dpsgd.engines.flat import Flat
 from dpsgd.noise import Gaussian
 
 
@@ -82,6 +83,7 @@ class PrivateStep:
         self.expected_batch_size = expected_batch_size
         self.step = 0
         self._sums: dict[str, Tensor] = {}
+        self._flat: Flat | None = None
 
     def __call__(self, batch: Batch) -> Contribution:
         """Accumulates one batch and releases: a whole step.
@@ -122,10 +124,9 @@ class PrivateStep:
             weights = self.clipping(norms)
             if mask is not None:
                 weights = weights * _column(mask, weights)
-            if self._sums:
-                grads.weighted_sum(weights, groups, out=self._sums)
-            else:
-                self._sums = grads.weighted_sum(weights, groups)
+            started = bool(self._sums)
+            self._sums = self._sums or self._memory()
+            grads.weighted_sum(weights, groups, out=self._sums, beta=float(started))
             return Contribution(grads.losses, norms, weights)
         except BaseException:
             self.discard()
@@ -144,10 +145,10 @@ class PrivateStep:
                 "were frozen or unfrozen in between. The step's sums are discarded; no "
                 "noise was spent."
             )
-        sums = self._sums or {
-            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            for name, p in parameters.items()
-        }
+        sums = self._sums
+        if not sums:
+            self.optimizer.zero_grad(set_to_none=True)
+            sums = {name: total.zero_() for name, total in self._memory().items()}
         self._sums = {}
         step, self.step = self.step, self.step + 1
         self.noise.add_(sums, self.noise_multiplier * self.clipping.sensitivity, step)
@@ -155,6 +156,16 @@ class PrivateStep:
         for name, p in parameters.items():
             p.grad = sums[name].div_(self.expected_batch_size).to(p.dtype)
         self.optimizer.step()
+
+    def _memory(self) -> dict[str, Tensor]:
+        """Tensors for the sums, those of the last step again if nobody holds them any more."""
+        parameters = self.engine.parameters
+        shapes = {name: p.shape for name, p in parameters.items()}
+        dtypes = {n: torch.promote_types(p.dtype, torch.float32) for n, p in parameters.items()}
+        device = next(iter(parameters.values())).device
+        if self._flat is None or not self._flat.fits(shapes, dtypes, device):
+            self._flat = Flat.like(shapes, dtypes, device)
+        return self._flat.tensors(shapes)
 
     def discard(self) -> None:
         """Forgets what has been accumulated since the last release. No noise is spent."""

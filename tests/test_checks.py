@@ -236,7 +236,8 @@ class Scaled(engines.Engine):
 
 class Wrong(engines.PerSampleGrads):
     def __init__(self, grads, wrong):
-        super().__init__(grads._shapes, grads._size)
+        like = {name: torch.empty(shape) for name, shape in grads._shapes.items()}
+        super().__init__(like, grads._size)
         self.grads, self.wrong = grads, wrong
 
     def _losses(self):
@@ -246,9 +247,10 @@ class Wrong(engines.PerSampleGrads):
         factor = 0.9 if self.wrong == "norms" else 1.0
         return {name: square * factor for name, square in self.grads._squared_norms().items()}
 
-    def _weighted_sum(self, columns):
+    def _add_weighted_sum(self, columns, out, beta):
         factor = 1.1 if self.wrong == "sums" else 1.0
-        return {n: total * factor for n, total in self.grads._weighted_sum(columns).items()}
+        scaled = {name: column * factor for name, column in columns.items()}
+        self.grads._add_weighted_sum(scaled, out, beta)
 
     def _materialize(self):
         return {

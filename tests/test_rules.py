@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dpsgd import engines, rules
-from dpsgd.engines.ghost import taped
+from dpsgd.engines.ghost import part
+from dpsgd.engines.ghost.strategies import KNOWN
 from dpsgd.rules import rows
 
 ROUTES = [(1.0, 1.0), (0.0, 1e9), (0.0, -1.0)]
+STRATEGIES = [name for name in KNOWN if name not in ("fastest", "lean")]
 drawn = settings(max_examples=40, deadline=None)
 small = st.integers(1, 3)
 
@@ -31,13 +33,17 @@ def check(layer, x, engine_classes=(engines.Hooks, engines.Ghost)):
     for engine in engine_classes:
         for kept, gram in ROUTES if engine is engines.Ghost else ROUTES[:1]:
             with (
-                mock.patch.object(taped, "KEPT_SHARE", kept),
+                mock.patch.object(part, "KEPT_SHARE", kept),
                 mock.patch.object(rows, "GRAM_SHARE", gram),
             ):
                 grads = engine(layer, squares)(x)
                 close(grads.norms(groups), reference.norms(groups))
                 close(grads.materialize(), expected)
                 close(grads.weighted_sum(weights), reference.weighted_sum(weights))
+    for strategy in STRATEGIES:
+        grads = engines.Ghost(layer, squares, strategy=strategy)(x)
+        close(grads.norms(groups), reference.norms(groups))
+        close(grads.weighted_sum(weights), reference.weighted_sum(weights))
 
 
 @drawn

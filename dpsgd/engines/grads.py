@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dpsgd.engines.batch import Batch
-from dpsgd.rules.rows import squared_norms, weighted_rows
+from dpsgd.engines.flat import Flat
+from dpsgd.rules.rows import add_weighted_rows, squared_norms
 
 Groups = Sequence[Sequence[str]]
 """A partition of the parameter names into K clipping groups."""
@@ -25,8 +26,9 @@ class PerSampleGrads(ABC):
     Everything here is sensitive: only a noised, clipped sum may be published.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], size: int) -> None:
-        self._shapes = dict(shapes)
+    def __init__(self, like: Mapping[str, Tensor], size: int) -> None:
+        self._shapes = {name: x.shape for name, x in like.items()}
+        self._dtypes = {n: torch.promote_types(x.dtype, torch.float32) for n, x in like.items()}
         self._size = size
         self._expired = False
         self._watched: list[tuple[Tensor, int]] = []
@@ -61,6 +63,7 @@ class PerSampleGrads(ABC):
         weights: Tensor,
         groups: Groups | None = None,
         out: Mapping[str, Tensor] | None = None,
+        beta: float = 1.0,
     ) -> dict[str, Tensor]:
         """Returns sum_i w_i g_i over the batch, a dict of tensors shaped as the parameters.
 
@@ -68,19 +71,22 @@ class PerSampleGrads(ABC):
             weights: [B], or [B, K] with one column per group. A weight of exactly 0 contributes
                 exact zeros, whatever the sample's gradient is.
             groups: The K groups that the columns of `weights` belong to.
-            out: Tensors, one per parameter, to add the sums into; they are returned.
+            out: Tensors, one per parameter, that become beta * out + sum; they are returned.
+            beta: 1 adds to `out`; 0 forgets what it holds.
 
         Raises:
             ValueError: If shapes do not fit, or a non-zero weight meets a non-finite gradient.
         """
         self._check_alive()
         columns = self._columns(weights, groups)
-        sums = self._weighted_sum(columns)
+        if beta not in (0, 1):
+            raise ValueError(f"Expected beta to be 0 or 1, got {beta}.")
         if out is None:
-            return sums
-        _check_out(out, self._shapes)
-        for name, total in sums.items():
-            out[name].add_(total)
+            device = self._losses().device
+            out, beta = Flat.like(self._shapes, self._dtypes, device).tensors(self._shapes), 0
+        else:
+            _check_out(out, self._shapes)
+        self._add_weighted_sum(columns, out, beta)
         return dict(out)
 
     def materialize(self) -> dict[str, Tensor]:
@@ -110,8 +116,14 @@ class PerSampleGrads(ABC):
         """Squared norms [B] per parameter name, accumulated in float64 where the device has it."""
 
     @abstractmethod
-    def _weighted_sum(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sums for one weight vector [B] per name; weights on non-finite gradients are 0."""
+    def _add_weighted_sum(
+        self, columns: Mapping[str, Tensor], out: Mapping[str, Tensor], beta: float
+    ) -> None:
+        """Makes out[name] beta * out[name] + the sum for one weight vector [B] per name.
+
+        With beta = 0 whatever `out` holds is forgotten. Weights on gradients that are not finite
+        are 0.
+        """
 
     @abstractmethod
     def _materialize(self) -> Mapping[str, Tensor]: ...
@@ -186,7 +198,8 @@ class DenseGrads(PerSampleGrads):
     """Per-sample gradients held as they are, one tensor [B, *shape] per parameter."""
 
     def __init__(self, losses: Tensor, grads: Mapping[str, Tensor]) -> None:
-        super().__init__({n: g.shape[1:] for n, g in grads.items()}, losses.shape[0])
+        like = {name: grad.new_empty(()).expand(grad.shape[1:]) for name, grad in grads.items()}
+        super().__init__(like, losses.shape[0])
         self._held_losses: Tensor | None = losses.detach()
         self._held = {name: grad.detach() for name, grad in grads.items()}
         self._squares: dict[str, Tensor] | None = None
@@ -200,13 +213,14 @@ class DenseGrads(PerSampleGrads):
             self._squares = {name: squared_norms(grad) for name, grad in self._held.items()}
         return self._squares
 
-    def _weighted_sum(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _add_weighted_sum(
+        self, columns: Mapping[str, Tensor], out: Mapping[str, Tensor], beta: float
+    ) -> None:
         finite = {name: torch.isfinite(square) for name, square in self._squared_norms().items()}
         clean = bool(torch.stack(list(finite.values())).all())
-        return {
-            name: weighted_rows(columns[name], grad, None if clean else finite[name])
-            for name, grad in self._held.items()
-        }
+        for name, grad in self._held.items():
+            usable = None if clean else finite[name].nonzero()[:, 0]
+            add_weighted_rows(out[name], columns[name], grad, usable, beta)
 
     def _materialize(self) -> Mapping[str, Tensor]:
         return self._held

@@ -121,7 +121,7 @@ class _GhostGrads(PerSampleGrads):
         parameters: Mapping[str, nn.Parameter],
         random: RandomState,
     ) -> None:
-        super().__init__({name: p.shape for name, p in parameters.items()}, size)
+        super().__init__(parameters, size)
         self._run, self._batch, self._parameters = run, batch, dict(parameters)
         self._random = random
         self._attached_losses, norms = run(batch, size)
@@ -134,20 +134,21 @@ class _GhostGrads(PerSampleGrads):
     def _squared_norms(self) -> Mapping[str, Tensor]:
         return self._squares
 
-    def _weighted_sum(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _add_weighted_sum(
+        self, columns: Mapping[str, Tensor], out: Mapping[str, Tensor], beta: float
+    ) -> None:
         losses = self._finite_losses()
         by_column: dict[int, list[str]] = {}
         for name, column in columns.items():
             by_column.setdefault(id(column), []).append(name)
-        sums = {}
         for names in by_column.values():
             objective = (losses * columns[names[0]].to(losses.dtype)).sum()
             chosen = {name: self._parameters[name] for name in names}
-            sums.update(self._differentiate(objective, chosen))
-        return {
-            name: sums[name].to(torch.promote_types(sums[name].dtype, torch.float32))
-            for name in self._shapes
-        }
+            for name, total in self._differentiate(objective, chosen).items():
+                if beta:
+                    out[name].add_(total)
+                else:
+                    out[name].copy_(total)
 
     def _materialize(self) -> Mapping[str, Tensor]:
         rows = [

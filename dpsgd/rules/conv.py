@@ -9,66 +9,26 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpsgd.rules.registry import Call, Rule, add
-from dpsgd.rules.rows import by_chunks, product_norms
+from dpsgd.rules.registry import NO_WAYS, Call, Rule, Ways, add, gradient_bytes
+from dpsgd.rules.rows import (
+    by_chunks,
+    gram_norms,
+    product_norms,
+    reach,
+    rounded_up,
+    squared_norms,
+    unless_cancelled,
+)
+from dpsgd.rules.sliding import Sliding
 
 Size = int | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Sliding:
-    """What slides over what.
-
-    Attributes:
-        over: What the kernel slides over, padded, [B, n, c, *space].
-        at: The other factor at each place of the kernel, [B, n, p, *places].
-        kernel: Size of the kernel, per dimension of space.
-        stride: Step from place to place.
-        dilation: Step inside the kernel.
-        groups: Groups of channels.
-    """
-
-    over: Tensor
-    at: Tensor
-    kernel: Sequence[int]
-    stride: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-
-    def rows(self, index: slice) -> Sliding:
-        """Returns the same for some of the samples."""
-        return replace(self, over=self.over[index], at=self.at[index])
-
-    def operands(self) -> tuple[Tensor, Tensor]:
-        """Returns windows [B groups, T, d] and places [B groups, T, p], each of one group."""
-        windows = self._windows()
-        size, n, c = windows.shape[:3]
-        space = len(self.kernel)
-        split = windows.unflatten(2, (self.groups, c // self.groups))
-        order = (0, 2, 3, *range(4 + space, 4 + 2 * space), 1, *range(4, 4 + space))
-        a = split.permute(order).reshape(size * self.groups, -1, n * math.prod(self.at.shape[3:]))
-        g = self.at.unflatten(2, (self.groups, -1)).movedim(1, 3)
-        return a.mT, g.reshape(size * self.groups, -1, a.shape[2]).mT
-
-    def _windows(self) -> Tensor:
-        """The sliding windows as a view, [B, n, c, *places, *kernel]."""
-        steps = self.over.stride()[3:]
-        return self.over.as_strided(
-            (*self.over.shape[:3], *self.at.shape[3:], *self.kernel),
-            (
-                *self.over.stride()[:3],
-                *(step * s for step, s in zip(steps, self.stride, strict=True)),
-                *(step * d for step, d in zip(steps, self.dilation, strict=True)),
-            ),
-            self.over.storage_offset(),
-        )
 
 
 class Conv(Rule):
@@ -90,19 +50,16 @@ class Conv(Rule):
         if name == "bias":
             g = _with_n(call.g, call)
             return g.sum((1, *range(3, g.dim())))
-        a, g = self.sliding(call).operands()
-        return torch.bmm(g.mT, a).view(call.size, *call["weight"].shape)
+        return self.sliding(call).products().view(call.size, *call["weight"].shape)
 
     def squared_norms(self, call: Call, name: str) -> Tensor:
         """Returns the squared norms by Gram matrices of windows or by forming the gradients."""
         if name == "bias":
             return super().squared_norms(call, name)
         parts = self.sliding(call)
-        places = parts.at[:1, :, 0].numel()
-        window = math.prod(parts.kernel) * parts.over.shape[2]
         return by_chunks(
             call.size,
-            places * window * call.g.element_size(),
+            parts.window_bytes,
             lambda rows: product_norms(*parts.rows(rows).operands()).view(-1, parts.groups).sum(1),
         )
 
@@ -113,20 +70,85 @@ class Conv(Rule):
             return super().weighted_sum(call, name, weights)
         stride, padding, dilation, output_padding, groups, a = self.geometry(call)
         g = _with_n(call.g, call) * weights.view(-1, *[1] * (call["weight"].dim()))
-        _, total, _ = torch.ops.aten.convolution_backward(
-            g.flatten(0, 1),
-            a.flatten(0, 1),
-            call["weight"].to(g.dtype),
-            None,
-            stride,
-            padding,
-            dilation,
-            self.transposed,
-            output_padding,
-            groups,
-            [False, True, False],
+        g, a, shape = g.flatten(0, 1), a.flatten(0, 1), call["weight"].shape
+        settings = stride, padding, dilation, self.transposed, output_padding
+        return _weight_gradient(g, a, shape, settings, groups)
+
+    def ways(self, call: Call, name: str) -> Ways:
+        """Returns kernels and matrix products that form gradients, and Gram matrices."""
+        if name == "bias":
+            return NO_WAYS
+        forms = {
+            "windows": lambda call: self.materialize(call, name),
+            "grouped": self._grouped,
+            "loop": self._looped,
+        }
+        if call["groups"] == 1:
+            forms["channels_last"] = self._channels_last
+        formed = {way: partial(self._norms_formed, form) for way, form in forms.items()}
+        return Ways(forms, {"gram": self._gram_norms, "lags": self._lag_norms, **formed})
+
+    def _grouped(self, call: Call) -> Tensor:
+        """One convolution kernel for all, each sample being a group of channels."""
+        stride, padding, dilation, output_padding, groups, a = self.geometry(call)
+        g, weight = _with_n(call.g, call), call["weight"].shape
+        a, g = (x.transpose(0, 1).flatten(1, 2) for x in (a, g))
+        shape = call.size * weight[0], *weight[1:]
+        settings = stride, padding, dilation, self.transposed, output_padding
+        total = _weight_gradient(g, a, shape, settings, groups * call.size)
+        return total.view(call.size, *weight)
+
+    def _looped(self, call: Call) -> Tensor:
+        """One call of the convolution kernel per sample."""
+        stride, padding, dilation, output_padding, groups, a = self.geometry(call)
+        settings = stride, padding, dilation, self.transposed, output_padding
+        g, shape = _with_n(call.g, call), call["weight"].shape
+        each = [_weight_gradient(*pair, shape, settings, groups) for pair in zip(g, a)]
+        return torch.stack(each)
+
+    def _channels_last(self, call: Call) -> Tensor:
+        """Windows whose channels are neighbours in memory, so that they are copied in runs."""
+        parts = self.sliding(call)
+        formed = parts.products(channels_last=True)
+        formed = formed.unflatten(2, (*parts.kernel, -1)).movedim(-1, 2)
+        return formed.view(call.size, *call["weight"].shape)
+
+    def _norms_formed(self, form: Callable[[Call], Tensor], call: Call) -> Tensor:
+        squares = by_chunks(
+            call.size,
+            max(gradient_bytes(call, "weight"), self.sliding(call).window_bytes),
+            lambda rows: squared_norms(form(call.rows(rows))),
         )
-        return total
+        return rounded_up(squares, self._reach(call), call.g.dtype)
+
+    def _gram_norms(self, call: Call) -> Tensor:
+        """By Gram matrices of windows."""
+        parts = self.sliding(call)
+        return by_chunks(
+            call.size,
+            parts.window_bytes,
+            lambda rows: gram_norms(*parts.rows(rows).operands()).view(-1, parts.groups).sum(1),
+        )
+
+    def _lag_norms(self, call: Call) -> Tensor:
+        """By Gram matrices of windows, from those of pixels: never copies a window."""
+        parts = self.sliding(call)
+        squares = by_chunks(
+            call.size, parts.lag_bytes, lambda rows: parts.rows(rows).gram_of_pixels()
+        )
+        return unless_cancelled(
+            squares,
+            self._reach(call),
+            call.g.dtype,
+            lambda index: self._norms_formed(
+                lambda c: self.materialize(c, "weight"), call.rows(index)
+            ),
+        )
+
+    def _reach(self, call: Call) -> Tensor:
+        """A pixel is in as many windows as a kernel has places, or in fewer."""
+        parts = self.sliding(call)
+        return reach(parts.over, parts.at) * math.prod(parts.kernel) ** 0.5
 
     @abstractmethod
     def geometry(
@@ -239,6 +261,15 @@ class TransposedConvolution(Conv):
         stride, padding, dilation, _, groups, a = self.geometry(call)
         padded = _pad(_with_n(call.g, call), [(pad, pad) for pad in padding])
         return Sliding(padded, a, call["weight"].shape[2:], stride, dilation, groups)
+
+
+def _weight_gradient(
+    g: Tensor, a: Tensor, shape: Sequence[int], settings: Sequence[Any], groups: int
+) -> Tensor:
+    """The kernel that autograd uses for the weights of a convolution; it does not read them."""
+    weight = g.new_empty(()).expand(*shape)
+    backward = torch.ops.aten.convolution_backward
+    return backward(g, a, weight, None, *settings, groups, [False, True, False])[1]
 
 
 def _with_n(x: Tensor, call: Call) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpsgd.rules.registry import Call, Rule, register
-from dpsgd.rules.rows import product_norms, spread, weighted_rows
+from dpsgd.rules.registry import NO_WAYS, Call, Rule, Ways, register
+from dpsgd.rules.rows import add_product, formed_norms, gram_norms, product_norms, spread
 
 
 class Affine(Rule):
@@ -42,13 +42,38 @@ class Affine(Rule):
 
     def weighted_sum(self, call: Call, name: str, weights: Tensor) -> Tensor:
         """Returns sum_it (w_i g_it) a_it^T: an ordinary weight gradient."""
+        out = torch.empty(call[name].shape, dtype=call.g.dtype, device=call.g.device)
+        self.add_weighted_sum(call, name, weights, out, 0.0)
+        return out
+
+    def add_weighted_sum(
+        self, call: Call, name: str, weights: Tensor, out: Tensor, beta: float
+    ) -> None:
+        """Adds to `out` in the matrix product itself, the narrower factor re-weighted."""
         a, g = self.operands(call)
         weights = weights.to(g.dtype)
         if name != self.weights[0]:
-            return weighted_rows(weights, g.sum(1))
-        scaled = (g * weights[:, None, None]).flatten(0, 1)
-        a = a.flatten(0, 1)
-        return a.T @ scaled if self.transposed else scaled.T @ a
+            g = g.flatten(0, 1) if g.shape[1] == 1 else g.sum(1)
+            add_product(out, g.T, weights, beta)
+            return
+        column = weights[:, None, None]
+        if a.shape[2] < g.shape[2]:
+            a = a * column
+        else:
+            g = g * column
+        a, g = a.flatten(0, 1), g.flatten(0, 1)
+        add_product(out, *((a.T, g) if self.transposed else (g.T, a)), beta)
+
+    def ways(self, call: Call, name: str) -> Ways:
+        """Returns Gram matrices and forming, for a weight that meets several positions."""
+        if name != self.weights[0] or self.operands(call)[0].shape[1] == 1:
+            return NO_WAYS
+        forms = {"product": lambda call: self.materialize(call, name)}
+        norms = {
+            "gram": lambda call: gram_norms(*self.operands(call)),
+            "product": lambda call: formed_norms(*self.operands(call)),
+        }
+        return Ways(forms, norms)
 
     def merge(self, calls: Sequence[Call]) -> Call | None:
         """Returns the calls in a row: their positions follow each other."""

@@ -53,6 +53,39 @@ class Call:
         }
         return replace(self, arguments={**self.arguments, **cast}, g=self.g.to(dtype))
 
+    def like(self, size: int) -> Call:
+        """Returns a call of the same shapes on made-up samples, `size` of them."""
+        made = {name: _made_up(self.arguments[name], size) for name in self.samples}
+        return replace(self, arguments={**self.arguments, **made}, g=_made_up(self.g, size))
+
+
+def _made_up(x: Tensor, size: int) -> Tensor:
+    """Random numbers laid out in memory as x is, zeros for whole numbers."""
+    shape = (size, *x.shape[1:])
+    reach = 1 + sum((n - 1) * step for n, step in zip(shape, x.stride()))
+    memory = torch.zeros(reach, dtype=x.dtype, device=x.device)
+    if x.is_floating_point():
+        source = torch.Generator(x.device).manual_seed(0)
+        memory.normal_(generator=source)
+    return memory.as_strided(shape, x.stride())
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Ways to the same numbers for one weight of a call, by name, to be timed against each other.
+
+    Attributes:
+        forms: Ways to form the gradients [B, *weight.shape], dense in any order of dimensions.
+        norms: Ways to the squared norms [B] that leave nothing formed behind, rounded up where the
+            weighted sum is not one of the very rows that the norms are taken of.
+    """
+
+    forms: Mapping[str, Callable[[Call], Tensor]]
+    norms: Mapping[str, Callable[[Call], Tensor]]
+
+
+NO_WAYS = Ways({}, {})
+
 
 class Rule(ABC):
     """The per-sample gradients of one function with respect to its weights.
@@ -97,6 +130,20 @@ class Rule(ABC):
         for rows in chunks(call.size, gradient_bytes(call, name)):
             total += weighted_rows(weights[rows], self.materialize(call.rows(rows), name))
         return total
+
+    def add_weighted_sum(
+        self, call: Call, name: str, weights: Tensor, out: Tensor, beta: float
+    ) -> None:
+        """Makes `out` beta * out + sum_i w_i g_i; with beta = 0 whatever it holds is forgotten."""
+        total = self.weighted_sum(call, name, weights)
+        if beta:
+            out.add_(total)
+        else:
+            out.copy_(total)
+
+    def ways(self, call: Call, name: str) -> Ways:
+        """Returns what there is to choose from for a weight of a call; nothing by default."""
+        return NO_WAYS
 
     def merge(self, calls: Sequence[Call]) -> Call | None:
         """Returns one call that stands for several with one weight; None if there is none."""

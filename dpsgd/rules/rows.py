@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 """How much memory gradients that are formed in passing may take at a time."""
 
 GRAM_SHARE = 1.0
@@ -25,34 +26,85 @@ def squared_norms(grads: Tensor) -> Tensor:
     no long float32 sum loses small terms. Rows that overflow or vanish so are taken in float64
     throughout: a norm is never under-estimated, and 1e30 is not infinite.
     """
-    wide = _wide(grads)
-    rows = grads[:, None].flatten(1)
+    rows, dtype = _in_memory_order(grads)[0], torch.promote_types(grads.dtype, torch.float32)
     whole = rows.shape[1] // _PIECE * _PIECE
-    dtype = torch.promote_types(grads.dtype, torch.float32)
-    squares = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype).to(wide).square()
-    if whole:
+    exact = wide(grads)
+    if whole == 0:
+        squares = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).to(exact).square()
+    else:
         pieces = rows[:, :whole].unflatten(1, (-1, _PIECE))
-        norms = torch.linalg.vector_norm(pieces, dim=2, dtype=dtype).to(wide)
-        squares = squares + norms.square().sum(1)
-    if dtype != wide:
-        unsure = ~torch.isfinite(squares) | (squares < _TINY)
-        if unsure.any():
-            exact = torch.linalg.vector_norm(rows[unsure], dim=1, dtype=wide).square()
-            squares = squares.masked_scatter(unsure, exact)
+        squares = torch.linalg.vector_norm(pieces, dim=2, dtype=dtype).to(exact).square().sum(1)
+        if whole < rows.shape[1]:
+            rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype)
+            squares += rest.to(exact).square()
+    if dtype != exact and not _within(squares, _TINY):
+        unsure = ~(torch.isfinite(squares) & (squares >= _TINY))
+        again = torch.linalg.vector_norm(rows[unsure], dim=1, dtype=exact).square()
+        squares = squares.masked_scatter(unsure, again)
     return squares
 
 
-def weighted_rows(weights: Tensor, grads: Tensor, usable: Tensor | None = None) -> Tensor:
-    """Returns sum_i w_i g_i over the usable rows of [B, *shape] (all), in float32 or better."""
+def _within(values: Tensor, least: float) -> bool:
+    """Whether all values are finite and at least that large."""
+    if values.numel() == 0:
+        return True
+    low, high = values.aminmax()
+    return float(low) >= least and float(high) < math.inf  # false for NaN
+
+
+def weighted_rows(weights: Tensor, grads: Tensor) -> Tensor:
+    """Returns sum_i w_i g_i over the rows of [B, *shape], in float32 or better."""
+    dtype = torch.promote_types(grads.dtype, torch.float32)
+    out = torch.empty(grads.shape[1:], dtype=dtype, device=grads.device)
+    add_weighted_rows(out, weights, grads, None, 0.0)
+    return out
+
+
+def add_weighted_rows(
+    out: Tensor, weights: Tensor, grads: Tensor, usable: Tensor | None, beta: float
+) -> None:
+    """Makes `out` beta * out + sum_i w_i g_i over the usable rows of [B, *shape] (all)."""
     dtype = torch.promote_types(grads.dtype, torch.float32)
     if usable is not None:
         weights, grads = weights[usable], grads[usable]
-    flat = weights.to(dtype) @ grads[:, None].flatten(1).to(dtype)
-    return flat.view(grads.shape[1:])
+    rows, order = _in_memory_order(grads)
+    weights = weights.to(dtype)
+    if order == sorted(order) and out.is_contiguous():
+        add_product(out.view(-1), rows.T.to(dtype), weights, beta)
+        return
+    total = (weights @ rows.to(dtype)).view([grads.shape[1:][dim] for dim in order])
+    total = total.permute([order.index(dim) for dim in range(len(order))])
+    if beta:
+        out.add_(total)
+    else:
+        out.copy_(total)
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor, beta: float) -> None:
+    """Makes `out` beta * out + left @ right, in the product itself where the precision allows."""
+    if out.dtype != left.dtype:
+        product = left @ right
+        if beta:
+            out.add_(product)
+        else:
+            out.copy_(product)
+    elif right.dim() == 1:
+        torch.addmv(out, left, right, beta=beta, out=out)
+    else:
+        torch.addmm(out, left, right, beta=beta, out=out)
+
+
+def _in_memory_order(grads: Tensor) -> tuple[Tensor, list[int]]:
+    """Returns [B, *shape] as [B, n], no copy if it is dense, and the order of the dimensions."""
+    if grads.is_contiguous():
+        return grads[:, None].flatten(1), list(range(grads.dim() - 1))
+    strides = grads.stride()[1:]
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    return grads.permute(0, *(dim + 1 for dim in order))[:, None].flatten(1), order
 
 
 def chunks(size: int, bytes_per_row: int) -> Iterator[slice]:
-    """Yields slices of `size` rows that together hold at most some 32 MiB, one row at least."""
+    """Yields slices of `size` rows that together hold at most some 8 MiB, one row at least."""
     step = max(1, CHUNK_BYTES // max(1, bytes_per_row))
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))
@@ -66,30 +118,59 @@ def by_chunks(size: int, bytes_per_row: int, norms: Callable[[slice], Tensor]) -
 def product_norms(a: Tensor, g: Tensor) -> Tensor:
     """Returns ||sum_t g_t a_t^T||_F^2 for each row of a [B, T, d] and g [B, T, p], [B].
 
-    For T = 1 it is ||a||^2 ||g||^2. For few positions it is the sum over the entrywise product of
-    the Gram matrices a a^T and g g^T [T, T] (Goodfellow 2015, arXiv:1510.01799; Li et al. 2021,
-    arXiv:2110.05679), which never forms the product; for many it is formed, some rows at a time.
-
-    The result is rounded up: the bound 2 eps (sum_t ||a_t|| ||g_t||)^2 on the rounding error of a
-    sum that may cancel is added to it, and where that is more than a thousandth of it, the product
-    is formed after all, whose error is only the square root of that.
+    For T = 1 it is ||a||^2 ||g||^2. For few positions it is taken by Gram matrices, for many the
+    product is formed, some rows at a time. It is rounded up, see `rounded_up`.
     """
     positions, d, p = a.shape[1], a.shape[2], g.shape[2]
     if positions == 1:
         return squared_norms(a) * squared_norms(g)
-    reach = spread(a, g)
-    if 2 * positions**2 > GRAM_SHARE * d * p:
-        return _formed_norms(a, g, reach)
+    few = 2 * positions**2 <= GRAM_SHARE * d * p
+    return gram_norms(a, g) if few else formed_norms(a, g)
+
+
+def gram_norms(a: Tensor, g: Tensor) -> Tensor:
+    """Returns ||sum_t g_t a_t^T||_F^2 [B] as the sum over the product of Gram matrices [T, T].
+
+    The entrywise product of a a^T and g g^T (Goodfellow 2015, arXiv:1510.01799; Li et al. 2021,
+    arXiv:2110.05679): the product itself is never formed.
+    """
     squares = by_chunks(
-        len(a), 2 * positions**2 * a.element_size(), lambda rows: _gram_norms(a[rows], g[rows])
+        len(a), 2 * a.shape[1] ** 2 * a.element_size(), lambda rows: _gram(a[rows], g[rows])
     )
-    error = 2 * torch.finfo(a.dtype).eps * reach.square()
-    doubtful = ~(error <= _DOUBT * squares) | ~torch.isfinite(squares) | (squares < _TINY)
-    squares = squares + error
-    if doubtful.any():
-        formed = _formed_norms(a[doubtful], g[doubtful], reach[doubtful])
-        squares = squares.masked_scatter(doubtful, formed)
-    return squares
+    return unless_cancelled(squares, reach(a, g), a.dtype, lambda i: formed_norms(a[i], g[i]))
+
+
+def formed_norms(a: Tensor, g: Tensor) -> Tensor:
+    """Returns ||sum_t g_t a_t^T||_F^2 [B], forming the product of some rows at a time."""
+    size = a.shape[2] * g.shape[2] * a.element_size()
+    squares = by_chunks(
+        len(a), size, lambda rows: squared_norms(torch.bmm(g[rows].transpose(1, 2), a[rows]))
+    )
+    return rounded_up(squares, reach(a, g), a.dtype)
+
+
+def unless_cancelled(
+    squares: Tensor, reach: Tensor, dtype: torch.dtype, formed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Returns squared norms rounded up that were summed from terms of either sign.
+
+    The bound 2 eps reach^2 on the rounding error of a sum that may cancel is added; where that is
+    more than a thousandth of it, the norm is taken of the formed gradients after all, whose error
+    is only the square root of that.
+
+    Args:
+        squares: Squared norms [B].
+        reach: The sums of the norms of the gradients' terms, or more, [B].
+        dtype: The precision that the squared norms were taken in.
+        formed: Returns the squared norms of some rows, by their indices.
+    """
+    error = 2 * torch.finfo(dtype).eps * reach.square()
+    sure = squares - error / _DOUBT
+    total = squares + error
+    if not _within(sure, _TINY) or not _within(total, _TINY):
+        doubtful = ~((sure >= _TINY) & torch.isfinite(total))
+        total = total.masked_scatter(doubtful, formed(doubtful.nonzero()[:, 0]))
+    return total
 
 
 def rounded_up(squares: Tensor, reach: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,17 +184,14 @@ def rounded_up(squares: Tensor, reach: Tensor, dtype: torch.dtype) -> Tensor:
     return (squares.sqrt() + 2 * torch.finfo(dtype).eps * reach).square()
 
 
-def _formed_norms(a: Tensor, g: Tensor, reach: Tensor) -> Tensor:
-    size = a.shape[2] * g.shape[2] * a.element_size()
-    squares = by_chunks(
-        len(a), size, lambda rows: squared_norms(torch.bmm(g[rows].transpose(1, 2), a[rows]))
-    )
-    return rounded_up(squares, reach, a.dtype)
-
-
-def _gram_norms(a: Tensor, g: Tensor) -> Tensor:
+def _gram(a: Tensor, g: Tensor) -> Tensor:
     grams = torch.bmm(a, a.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
-    return grams.sum((1, 2), dtype=_wide(a))
+    return grams.sum((1, 2), dtype=wide(a))
+
+
+def reach(a: Tensor, g: Tensor) -> Tensor:
+    """Returns ||a||_F ||g||_F >= sum_t ||a_t|| ||g_t||, [B]: what a sum of products may lose."""
+    return (squared_norms(a) * squared_norms(g)).sqrt()
 
 
 def spread(a: Tensor, g: Tensor) -> Tensor:
@@ -122,5 +200,6 @@ def spread(a: Tensor, g: Tensor) -> Tensor:
     return products.sqrt().view(a.shape[:2]).sum(1)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """Returns float64 where the device has it, for sums that must not lose small terms."""
     return torch.float32 if x.device.type == "mps" else torch.float64

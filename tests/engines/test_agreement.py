@@ -73,7 +73,7 @@ def test_every_route_of_the_ghost_engine_agrees(case, route, monkeypatch):
             check(Ghost, case, torch.float64)
         return
     kept, gram, piece = ROUTES[route]
-    monkeypatch.setattr("dpsgd.engines.ghost.taped.KEPT_SHARE", kept)
+    monkeypatch.setattr("dpsgd.engines.ghost.part.KEPT_SHARE", kept)
     monkeypatch.setattr("dpsgd.rules.rows.GRAM_SHARE", gram)
     monkeypatch.setattr("dpsgd.rules.rows.CHUNK_BYTES", piece)
     check(Ghost, case, torch.float64)

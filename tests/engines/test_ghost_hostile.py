@@ -289,7 +289,7 @@ def test_samples_left_in_a_buffer_are_refused_and_the_buffer_put_back():
 
 @pytest.mark.parametrize("scale", [1e10, 1e-12])
 def test_grams_that_overflow_or_vanish_are_not_taken(scale, monkeypatch):
-    monkeypatch.setattr("dpsgd.engines.ghost.taped.KEPT_SHARE", 0.0)
+    monkeypatch.setattr("dpsgd.engines.ghost.part.KEPT_SHARE", 0.0)
     monkeypatch.setattr(rows, "GRAM_SHARE", 1e9)
     x = (torch.randn(4, 1, 64) * scale).expand(4, 3, 64).contiguous()
     model = nn.Linear(64, 64, bias=False)
@@ -349,7 +349,7 @@ class Clamped(torch.autograd.Function):
 
 @pytest.mark.parametrize("kept", [0.0, 1.0, 1e9])
 def test_a_weight_with_a_nonlinear_backward_is_pulled_back_sample_by_sample(kept, monkeypatch):
-    monkeypatch.setattr("dpsgd.engines.ghost.taped.KEPT_SHARE", kept)
+    monkeypatch.setattr("dpsgd.engines.ghost.part.KEPT_SHARE", kept)
     model = Call(lambda m, x: F.linear(x, Clamped.apply(m.w)), w=P(16, 16)).double()
     x = batch(4, 3, 16)
     weights = torch.tensor([1e-3, 0.5, 0.0, 2.0]).double()
@@ -375,7 +375,7 @@ CANCELLING = {
 @pytest.mark.parametrize("name", CANCELLING)
 def test_terms_that_cancel_do_not_exceed_the_clip_norm(name, scale, kept, monkeypatch):
     """What they leave behind in float32 is another rounding error in every order of summation."""
-    monkeypatch.setattr("dpsgd.engines.ghost.taped.KEPT_SHARE", kept)
+    monkeypatch.setattr("dpsgd.engines.ghost.part.KEPT_SHARE", kept)
     torch.manual_seed(0)
     x = torch.randn(4, 3, 64) * scale
     x[:, 1], x[:, 2] = -x[:, 0], torch.randn(4, 64) * 1e-3

@@ -20,7 +20,7 @@ def test_ghost_agrees_with_loop(case):
 @pytest.mark.parametrize("case", HUGGING_FACE, ids=lambda case: case.name)
 def test_every_route_agrees(case, route, monkeypatch):
     kept, gram, piece = ROUTES[route]
-    monkeypatch.setattr("dpsgd.engines.ghost.taped.KEPT_SHARE", kept)
+    monkeypatch.setattr("dpsgd.engines.ghost.part.KEPT_SHARE", kept)
     monkeypatch.setattr("dpsgd.rules.rows.GRAM_SHARE", gram)
     monkeypatch.setattr("dpsgd.rules.rows.CHUNK_BYTES", piece)
     check(Ghost, case, torch.float64)

@@ -95,7 +95,7 @@ BLOCK = 1 << 19
 
 
 @pytest.mark.parametrize(
-    "start, count",
+    ("start", "count"),
     [(0, 1), (1, 1), (17, 5000), (BLOCK // 2 - 3, 7), (BLOCK - 1, 2), (BLOCK + 5, 2 * BLOCK)],
 )
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -23,7 +23,7 @@ from dpsgd.engines.ghost.arguments import (
 )
 from dpsgd.engines.ghost.opened import can_open, opened
 from dpsgd.engines.ghost.physical import Samples, is_wrapped, outside_vmap, tap
-from dpsgd.engines.ghost.tape import Site, Tape
+from dpsgd.engines.ghost.tape import Tape
 from dpsgd.rules import Rule
 
 Function = Callable[..., Any]
@@ -127,7 +127,7 @@ class Capture(TorchFunctionMode):
             return x
         key = id(x), x._version
         if key not in self._expanded:
-            site = Site(EXPANDED, {"weight": self.alias(x)}, (), ("weight",))
+            site = self.tape.site(EXPANDED, {"weight": self.alias(x)}, (), ("weight",))
             with outside_vmap():
                 rows = x.detach().expand(self.samples.size, *x.shape)
                 tapped = tap(rows, self.tape.anchor, self.tape, site)
@@ -190,7 +190,7 @@ class Capture(TorchFunctionMode):
             if wanted:
                 rest = {n: v for n, v in arguments.items() if n not in names}
                 rest |= {name: self.alias(arguments[name]) for name in wanted}
-                site = Site(rule, rest, names, wanted)
+                site = self.tape.site(rule, rest, names, wanted)
                 first = tap(outputs[0], self.tape.anchor, self.tape, site, *inputs.values())
                 outputs = (first, *outputs[1:])
         left = tuple(self.samples.leave(out) for out in outputs)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from dpsgd.engines.base import Engine, LossFn, check_no_gradient_hooks
 from dpsgd.engines.batch import Batch, Signature, check_losses, map_tensors, signature_of
+from dpsgd.engines.ghost.activations import Activations
 from dpsgd.engines.ghost.capture import Capture, Restart, Split
 from dpsgd.engines.ghost.leftovers import no_leftovers
+from dpsgd.engines.ghost.part import Part
 from dpsgd.engines.ghost.physical import Samples
 from dpsgd.engines.ghost.special import SPECIAL
+from dpsgd.engines.ghost.strategies import FASTEST, Strategies
 from dpsgd.engines.ghost.tape import Tape
-from dpsgd.engines.ghost.taped import Part, TapedGrads
+from dpsgd.engines.ghost.taped import TapedGrads
 from dpsgd.engines.graph import leaves
 from dpsgd.engines.probe import RandomState
 
@@ -31,14 +35,22 @@ class Ghost(Engine):
     Where samples disagree about control flow (`if mask.all()`), the batch is split and the parts
     run on their own. What cannot be per sample is refused by name.
 
+    Args:
+        model: The model.
+        loss_fn: One loss per sample.
+        strategy: How norms and sums are taken where there are several ways: `fastest`, `lean`,
+            `formulas` or a single one, see `Strategies`.
+
     Raises:
         ValueError: At a call, if the samples cannot be kept apart in some function, or the losses
             use a parameter in a way that cannot be captured (TorchScript, custom functions).
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: str = FASTEST) -> None:
         super().__init__(model, loss_fn)
         self._per_sample: set[Signature] = set()
+        self._activations: dict[Signature, int] = {}
+        self._strategies = Strategies(strategy)
 
     def _compute(
         self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
@@ -47,50 +59,56 @@ class Ghost(Engine):
         device = next(iter(parameters.values())).device
         check_not_scripted(self.model, self.loss_fn)
         with no_leftovers(self.model):
-            parts = self._parts(batch, torch.arange(size, device=device), parameters)
+            parts = self._parts(batch, torch.arange(size, device=device), parameters, size)
         _check_known(parts, parameters)
         grads = TapedGrads(parts, parameters)
         grads.watch(batch)
         return grads
 
     def _parts(
-        self, batch: Batch, rows: Tensor, parameters: Mapping[str, nn.Parameter]
+        self, batch: Batch, rows: Tensor, parameters: Mapping[str, nn.Parameter], whole: int
     ) -> list[Part]:
-        """Runs some rows of the batch, split where they disagree about control flow."""
+        """Runs some rows of the whole batch, split where they disagree about control flow."""
         try:
-            return [self._run(_take(batch, rows), rows, parameters)]
+            part = Part(rows, parameters, self._strategies, whole)
+            self._run(_take(batch, rows), part, parameters)
+            return [part]
         except Split as split:
             groups = split.group.to(rows.device)
         parts = []
         for group in groups.unique():
-            parts += self._parts(batch, rows[groups == group], parameters)
+            parts += self._parts(batch, rows[groups == group], parameters, whole)
         return parts
 
-    def _run(self, batch: Batch, rows: Tensor, parameters: Mapping[str, nn.Parameter]) -> Part:
+    def _run(self, batch: Batch, part: Part, parameters: Mapping[str, nn.Parameter]) -> None:
         """Runs the loss on samples that agree, once more if it writes them into constants."""
         signature = signature_of(batch)
         state = RandomState(self.model)
         try:
-            return self._capture(batch, rows, parameters)
+            self._capture(batch, part, parameters)
         except Restart:
             self._per_sample.add(signature)
             state.restore()
-        return self._capture(batch, rows, parameters)
+            self._capture(batch, part, parameters)
 
-    def _capture(self, batch: Batch, rows: Tensor, parameters: Mapping[str, nn.Parameter]) -> Part:
-        size, signature = len(rows), signature_of(batch)
-        tape = Tape(rows.device)
+    def _capture(self, batch: Batch, part: Part, parameters: Mapping[str, nn.Parameter]) -> None:
+        size, signature = len(part.rows), signature_of(batch)
+        tape = Tape(part.rows.device)
+        meter = None if signature in self._activations else Activations()
 
         def run(one: Batch) -> Tensor:
             capture = Capture(tape, Samples(size), SPECIAL, signature in self._per_sample)
             try:
-                with capture:
+                with capture, nullcontext() if meter is None else meter:
                     losses = self.loss_fn(self.model, one)
                     capture.check_nothing_swallowed()
                     check_losses(losses, 1)
                 physical = capture.samples.enter(capture.expand(losses))[:, 0]
                 _check_complete(physical, parameters)
-                tape.backward(physical, capture)
+                if meter is not None:
+                    self._activations[signature] = meter.held() // size
+                part.expect(tape.sites)
+                tape.backward(physical, capture, part.take)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError, IndexError) as error:
@@ -100,13 +118,12 @@ class Ghost(Engine):
             return capture.samples.leave(physical.detach())
 
         losses = torch.vmap(run, randomness="different")(map_tensors(_as_one, batch))
-        part = Part(rows, losses, tape.records, parameters)
+        part.finish(losses, self._activations[signature])
         if any(leaf is tape.anchor for leaf in part.foreign):
             raise ValueError(
                 "engine=ghost cannot run this model: some function takes samples out of "
                 "torch.vmap, where their gradients would be lost. Use engine=loop."
             )
-        return part
 
     def _explained(self, error: BaseException, capture: Capture) -> str:
         function = capture.caused(error) or "the model"
@@ -195,7 +212,7 @@ def _check_known(parts: list[Part], parameters: Mapping[str, nn.Parameter]) -> N
     Raises:
         ValueError: If there is one while some parameter seems unused.
     """
-    unused = [name for name in parameters if not any(part.uses[name] for part in parts)]
+    unused = [name for name in parameters if not any(part.routes[name] for part in parts)]
     foreign = [leaf for part in parts for leaf in part.foreign]
     if unused and foreign:
         raise ValueError(

@@ -88,3 +88,10 @@ def _single_level() -> Iterator[None]:
         yield
     finally:
         _functorch.set_single_level_autograd_function_allowed(before)
+
+
+@contextmanager
+def plainly(device: str) -> Iterator[None]:
+    """Without gradients, autocast or inference mode, whatever is on around."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield

@@ -150,7 +150,7 @@ def _site(capture: Capture, weight: Tensor | None, bias: Tensor | None) -> Site 
         return None
     rule = rules.lookup(F.linear)
     assert rule is not None
-    return Site(rule, arguments, ("input",), wanted)
+    return capture.tape.site(rule, arguments, ("input",), wanted)
 
 
 class _Direction(torch.autograd.Function):

@@ -46,6 +46,16 @@ class Source:
         plain = w._base is p and w.dtype == p.dtype and not (w.is_conj() or w.is_neg())
         return plain and p.is_contiguous() and _injective(w)
 
+    def place_in(self, total: Tensor) -> Tensor | None:
+        """Returns the weight's part of a contiguous tensor like the parameter, None if none is."""
+        if not self.view or not total.is_contiguous():
+            return None
+        p, w = self.parameter, self.weight
+        if w is p:
+            return total
+        offset = w.storage_offset() - p.storage_offset() + total.storage_offset()
+        return total.as_strided(w.shape, w.stride(), offset)
+
     @property
     def extent(self) -> tuple[int, int]:
         """First and last place in the parameter's memory that a view reaches, half open."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,44 +41,52 @@ class Record:
 
 
 class Tape:
-    """Collects the records of one backward pass.
+    """Leads from the sites of a forward pass to the records of its backward pass.
 
     Attributes:
         anchor: A leaf that every tapped output depends on: what the backward pass is asked for.
-        records: The calls that the losses depend on, once the backward pass is done.
+        sites: The calls that the forward pass has made, whether the losses depend on them or not.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.records: list[Record] = []
-        self._running = False
+        self.sites: list[Site] = []
+        self._take: Callable[[Record], None] | None = None
 
-    def backward(self, losses: Tensor, mode: TorchFunctionMode) -> None:
+    def site(self, rule: Rule, arguments: Mapping[str, Any], samples: Any, wanted: Any) -> Site:
+        """Returns the site of a call that is being made, see `Site`."""
+        self.sites.append(Site(rule, arguments, tuple(samples), tuple(wanted)))
+        return self.sites[-1]
+
+    def backward(
+        self, losses: Tensor, mode: TorchFunctionMode, take: Callable[[Record], None]
+    ) -> None:
         """Runs the one backward pass from the losses [B] of independent samples.
 
         Args:
             losses: The losses, attached to their graph.
             mode: On meanwhile, so that checkpoints recompute under it.
+            take: Called with each call that the losses depend on, as soon as its gradient is there.
         """
         if not losses.requires_grad:
             return
-        self._running = True
+        self._take = take
         total = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
         seed = torch.ones_like(total)
         with mode:  # opened, so that the mode does not see this call itself
             opened(torch.autograd.grad)(total, self.anchor, seed, allow_unused=True)
 
     def note(self, site: Site, saved: tuple[Tensor, ...], g: Tensor) -> None:
-        """Adds a record.
+        """Hands a record on.
 
         Raises:
             ValueError: If it is not this tape's own backward pass that runs.
         """
-        if not self._running:
+        if self._take is None:
             raise ValueError(DIFFERENTIATES)
         samples = {name: x.detach() for name, x in zip(site.samples, saved, strict=True)}
         call = Call({**site.arguments, **samples}, frozenset(site.samples), g.detach())
-        self.records.append(Record(site, call))
+        self._take(Record(site, call))
 
 
 DIFFERENTIATES = (
