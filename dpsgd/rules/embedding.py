@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpsgd.rules.linear import Affine
@@ -54,15 +55,26 @@ class Table(Rule):
         return grads.view(call.size, *call[name].shape)
 
     def squared_norms(self, call: Call, name: str) -> Tensor:
-        """Returns sum_v ||G_i[v]||^2 over the ids that sample i has, rounded up."""
+        """Returns sum_v ||G_i[v]||^2 over the ids that sample i has, rounded up.
+
+        Most ids occur once in a sample: only the rows of those that do not are summed.
+        """
         entries, vocabulary = self.entries(call), call[name].shape[0]
-        keys, place = (entries.samples * vocabulary + entries.ids).unique(return_inverse=True)
-        sums = entries.rows.new_zeros((len(keys), entries.rows.shape[1]))
-        each = squared_norms(sums.index_add_(0, place, entries.rows))
-        lengths = squared_norms(entries.rows).sqrt()
-        none = each.new_zeros(call.size)
-        squares = none.index_add(0, keys // max(vocabulary, 1), each)
-        return rounded_up(squares, none.index_add(0, entries.samples, lengths), sums.dtype)
+        each = squared_norms(entries.rows)
+        spread = each.new_zeros(call.size).index_add(0, entries.samples, each.sqrt())
+        keys, order = (entries.samples * vocabulary + entries.ids).sort()
+        same = keys[1:] == keys[:-1]
+        if same.any():
+            first = F.pad(~same, (1, 0), value=True)
+            repeated = F.pad(same, (0, 1)) | ~first
+            group = first[repeated].cumsum(0) - 1
+            index = order[repeated]
+            rows = entries.rows[index]
+            sums = rows.new_zeros(int(group[-1]) + 1, rows.shape[1]).index_add_(0, group, rows)
+            each = each.index_fill(0, index, 0)
+            each[index[first[repeated]]] = squared_norms(sums)
+        squares = each.new_zeros(call.size).index_add(0, entries.samples, each)
+        return rounded_up(squares, spread, entries.rows.dtype)
 
     def spread(self, call: Call, name: str) -> Tensor:
         """Returns the sum of the lengths of the rows."""
@@ -72,10 +84,22 @@ class Table(Rule):
 
     def weighted_sum(self, call: Call, name: str, weights: Tensor) -> Tensor:
         """Returns the sum of all rows, each times its sample's weight, by id, [V, d]."""
+        total = call.g.new_empty(call[name].shape)
+        self.add_weighted_sum(call, name, weights, total, 0.0)
+        return total
+
+    def add_weighted_sum(
+        self, call: Call, name: str, weights: Tensor, out: Tensor, beta: float
+    ) -> None:
+        """Adds each row to that of its id."""
         entries = self.entries(call)
         rows = entries.rows * weights.to(entries.rows.dtype)[entries.samples, None]
-        total = rows.new_zeros((call[name].shape[0], rows.shape[1]))
-        return total.index_add_(0, entries.ids, rows).view(call[name].shape)
+        if beta == 0:
+            out.zero_()
+        total = out.view(len(out), -1) if out.is_contiguous() else torch.zeros_like(out).flatten(1)
+        total.index_add_(0, entries.ids, rows.to(out.dtype))
+        if not out.is_contiguous():
+            out.add_(total.view(out.shape))
 
 
 @register(torch.embedding)

@@ -57,6 +57,8 @@ class Affine(Rule):
             add_product(out, g.T, weights, beta)
             return
         column = weights[:, None, None]
+        if g.stride(0) < g.stride(1):  # positions first in memory, as in recurrent networks
+            a, g, column = a.transpose(0, 1), g.transpose(0, 1), column.transpose(0, 1)
         if a.shape[2] < g.shape[2]:
             a = a * column
         else:

@@ -2,7 +2,7 @@
 
 The weights of a recurrent layer are linear maps into its gates, one of the inputs and one of the
 states before. With the gates' gradients of all steps at hand, they follow the rule of linear maps.
-The states are known from the forward pass, so the gates of all steps are recomputed at once.
+An LSTM keeps its gates from a forward pass of its own; the others recompute theirs from the states.
 
 Letters: T steps, R sequences, H hidden units, P outputs (H, or the size of the projection). The
 order of gates is PyTorch's: i f g o for an LSTM, r z n for a GRU.
@@ -34,6 +34,23 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """What an LSTM's forward pass leaves for its backward pass.
+
+    Attributes:
+        squashed: Sigmoids of all gates [T, R, 4 H], of twice the third, which makes its tanh.
+        candidates: That tanh [T, R, H].
+        cells: Cell states [T + 1, R, H], the first one before the first step.
+        outputs: Their tanh [T, R, H].
+    """
+
+    squashed: Tensor
+    candidates: Tensor
+    cells: Tensor
+    outputs: Tensor
+
+
+@dataclass(frozen=True)
 class Steps:
     """What the forward pass left: all [T, R, ...], the states before each step being [h_0, ...].
 
@@ -42,12 +59,14 @@ class Steps:
         before: States before each step [T, R, P].
         after: States after each step, the outputs, [T, R, P].
         cell: The first cell state of an LSTM [R, H].
+        gates: What `lstm_forward` kept, if it ran; it is made again otherwise.
     """
 
     x: Tensor
     before: Tensor
     after: Tensor
     cell: Tensor | None = None
+    gates: Gates | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,44 @@ class GateGradients:
     projection: tuple[Tensor, Tensor] | None = None
 
 
+def lstm_forward(w: Weights, x: Tensor, first: Tensor, cell: Tensor) -> tuple[Tensor, Gates]:
+    """Runs an LSTM, the inputs of all steps mapped at once; one sigmoid squashes all gates.
+
+    tanh(u) = 2 sigmoid(2 u) - 1, so that the third gate takes part in it.
+
+    Args:
+        w: Weights.
+        x: Inputs [T, R, d].
+        first: First state [R, P].
+        cell: First cell state [R, H].
+
+    Returns:
+        The states after each step [T, R, P], and what the backward pass needs.
+    """
+    size = cell.shape[1]
+    doubled = w.inputs.new_ones(4, size)
+    doubled[2] = 2
+    doubled = doubled.view(-1)
+    of_states = (w.states * doubled[:, None]).T.contiguous()
+    biases = [b for b in (w.input_bias, w.state_bias) if b is not None]
+    squashed = _map(x, w.inputs, sum(biases[1:], biases[0]) if biases else None).mul_(doubled)
+    steps, rows = x.shape[:2]
+    candidates, outputs = x.new_empty(2, steps, rows, size)
+    cells = x.new_empty(steps + 1, rows, size)
+    states = x.new_empty(steps, rows, first.shape[1])
+    cells[0] = cell
+    for t in range(steps):
+        before = first if t == 0 else states[t - 1]
+        i, f, n, o = squashed[t].addmm_(before, of_states).sigmoid_().view(rows, 4, size).unbind(1)
+        n = torch.mul(n, 2, out=candidates[t]).sub_(1)
+        torch.tanh(torch.mul(i, n, out=cells[t + 1]).addcmul_(f, cells[t]), out=outputs[t])
+        if w.projection is None:
+            torch.mul(o, outputs[t], out=states[t])
+        else:
+            torch.mm(o * outputs[t], w.projection.T, out=states[t])
+    return states, Gates(squashed, candidates, cells, outputs)
+
+
 def lstm(w: Weights, steps: Steps, g: Tensor, g_cell: Tensor | None) -> GateGradients:
     """Goes back through an LSTM (Hochreiter & Schmidhuber 1997), step by step to stay in cache.
 
@@ -78,32 +135,30 @@ def lstm(w: Weights, steps: Steps, g: Tensor, g_cell: Tensor | None) -> GateGrad
         g: Gradient of the outputs [T, R, P], the last one including that of the last state.
         g_cell: Gradient of the last cell state [R, H].
     """
-    gates = _map(steps.x, w.inputs, w.input_bias)
-    gates.flatten(0, 1).addmm_(steps.before.flatten(0, 1), w.states.T)
-    gates = (gates if w.state_bias is None else gates.add_(w.state_bias)).unflatten(2, (4, -1))
-    assert steps.cell is not None
-    cells = gates.new_empty(len(gates) + 1, *gates.shape[1::2])
-    cells[0] = steps.cell
-    for t, (i_f, n, o) in enumerate(zip(gates[:, :, :2], gates[:, :, 2], gates[:, :, 3])):
-        i_f.sigmoid_(), n.tanh_(), o.sigmoid_()
-        torch.addcmul(i_f[:, 0] * n, i_f[:, 1], cells[t], out=cells[t + 1])
-    back, outputs = torch.empty_like(gates), torch.empty_like(g)
-    hidden = None if w.projection is None else torch.empty_like(cells[1:])
-    dh, dc = torch.zeros_like(g[0]), torch.zeros_like(cells[0]) if g_cell is None else g_cell
+    kept = steps.gates
+    if kept is None:
+        assert steps.cell is not None
+        kept = lstm_forward(w, steps.x, steps.before[0], steps.cell)[1]
+    rows, size = kept.cells.shape[1:]
+    back, outputs = torch.empty_like(kept.squashed), torch.empty_like(g)
+    hidden = None if w.projection is None else torch.empty_like(kept.outputs)
+    dh = torch.zeros_like(g[0])
+    dc = torch.zeros_like(kept.cells[0]) if g_cell is None else g_cell.clone()
     for t in reversed(range(len(g))):
-        i, f, n, o = gates[t].unbind(1)
-        squashed = cells[t + 1].tanh()
+        i, f, _, o = kept.squashed[t].view(rows, 4, size).unbind(1)
+        out, gates = kept.outputs[t], back[t].view(rows, 4, size)
         dh = torch.add(g[t], dh, out=outputs[t])
         du = dh if w.projection is None else dh @ w.projection
         if hidden is not None:
-            torch.mul(o, squashed, out=hidden[t])
-        dc = dc + _of_tanh(du * o, squashed)
-        back[t, :, 0] = _of_sigmoid(dc * n, i)
-        back[t, :, 1] = _of_sigmoid(dc * cells[t], f)
-        back[t, :, 2] = _of_tanh(dc * i, n)
-        back[t, :, 3] = _of_sigmoid(du * squashed, o)
-        dh, dc = back[t].flatten(1) @ w.states, dc * f
-    back = back.flatten(2)
+            torch.mul(o, out, out=hidden[t])
+        dc.add_(_of_tanh(du * o, out))
+        torch.mul(dc, kept.candidates[t], out=gates[:, 0])
+        torch.mul(dc, kept.cells[t], out=gates[:, 1])
+        torch.mul(dc, i, out=gates[:, 2])
+        torch.mul(du, out, out=gates[:, 3])
+        _of_sigmoid(back[t], kept.squashed[t], grad_input=back[t])
+        gates[:, 2].mul_(4)  # tanh' = 4 sigmoid'(2 u)
+        dh, dc = back[t] @ w.states, dc.mul_(f)
     return GateGradients(back, back, dh, dc, None if hidden is None else (hidden, outputs))
 
 
@@ -146,7 +201,7 @@ def _map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-_of_sigmoid: Callable[[Tensor, Tensor], Tensor] = torch.ops.aten.sigmoid_backward
+_of_sigmoid: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward
 _of_tanh: Callable[[Tensor, Tensor], Tensor] = torch.ops.aten.tanh_backward
 
 

@@ -191,7 +191,15 @@ def _gram(a: Tensor, g: Tensor) -> Tensor:
 
 def reach(a: Tensor, g: Tensor) -> Tensor:
     """Returns ||a||_F ||g||_F >= sum_t ||a_t|| ||g_t||, [B]: what a sum of products may lose."""
-    return (squared_norms(a) * squared_norms(g)).sqrt()
+    return (_lengths(a) * _lengths(g)).sqrt()
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """Squared norms of [B, T, d] of any strides, without a copy."""
+    if x.is_contiguous():
+        return squared_norms(x)
+    squares = torch.linalg.vector_norm(x, dim=2).to(wide(x)).square().sum(1)
+    return squares if _within(squares, _TINY) else squared_norms(x)
 
 
 def spread(a: Tensor, g: Tensor) -> Tensor:

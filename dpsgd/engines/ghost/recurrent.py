@@ -15,7 +15,7 @@ from dpsgd.engines.ghost.arguments import is_weight
 from dpsgd.engines.ghost.capture import Capture
 from dpsgd.engines.ghost.physical import apply_plainly, is_wrapped, outside_vmap
 from dpsgd.engines.ghost.tape import Site, Tape
-from dpsgd.rules.recurrent import BACKWARDS, Steps, Weights
+from dpsgd.rules.recurrent import BACKWARDS, Gates, Steps, Weights, lstm_forward
 
 
 @dataclass(frozen=True)
@@ -169,23 +169,29 @@ class _Direction(torch.autograd.Function):
         sites: list[Site | None],
         size: int,
     ) -> tuple[Tensor, ...]:
+        ctx.tape, ctx.kind, ctx.weights, ctx.sites, ctx.size = tape, kind, weights, sites, size
+        if c is not None and _plain(x, h, c, weights.inputs):
+            out, gates = lstm_forward(weights, x, h, c)
+            ctx.save_for_backward(
+                x, h, c, out, gates.squashed, gates.candidates, gates.cells, gates.outputs
+            )
+            return out, out[-1].clone(), gates.cells[-1].clone()
         first = h[None] if c is None else (h[None].contiguous(), c[None].contiguous())
         options = (weights.input_bias is not None, 1, 0.0, False, False, False)
         out, *last = getattr(torch, kind)(x, first, weights.flat(), *options)
         ctx.save_for_backward(x, h, c, out)
-        ctx.tape, ctx.kind, ctx.weights, ctx.sites, ctx.size = tape, kind, weights, sites, size
         return out, *(end[0] for end in last)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *g_last: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, c, out = ctx.saved_tensors
+        x, h, c, out, *kept = ctx.saved_tensors
         dtype = ctx.weights.inputs.dtype
         before = torch.cat([h[None], out[:-1]]).to(dtype)
         cell = None if c is None else c.to(dtype)
         g = g.to(dtype, copy=True)
         g[-1] += g_last[0]
         g_cell = g_last[1].to(dtype) if len(g_last) > 1 else None
-        steps = Steps(x.to(dtype), before, out.to(dtype), cell)
+        steps = Steps(x.to(dtype), before, out.to(dtype), cell, Gates(*kept) if kept else None)
         plain = torch.autocast(g.device.type, enabled=False)
         with torch.no_grad(), torch._C.DisableTorchFunction(), plain:
             back = BACKWARDS[ctx.kind](ctx.weights, steps, g, g_cell)
@@ -201,6 +207,14 @@ class _Direction(torch.autograd.Function):
             dx = (back.inputs @ ctx.weights.inputs).to(x.dtype)
         dc = None if c is None or back.cell is None else back.cell.to(c.dtype)
         return dx, back.first.to(h.dtype), dc, None, None, None, None, None, None
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether tensors are of one precision that computations are carried out in."""
+    first = tensors[0]
+    plain = first.dtype in (torch.float32, torch.float64)
+    autocast = torch.is_autocast_enabled(first.device.type)
+    return plain and not autocast and all(x.dtype == first.dtype for x in tensors)
 
 
 def _by_sample(x: Tensor, size: int) -> Tensor:
