@@ -83,12 +83,14 @@ class Ghost(Engine):
     def _run(self, batch: Batch, part: Part, parameters: Mapping[str, nn.Parameter]) -> None:
         """Runs the loss on samples that agree, once more if it writes them into constants."""
         signature = signature_of(batch)
-        state = RandomState(self.model)
+        # what ran before like this hardly ever restarts, and draws anew if it does
+        state = None if signature in self._activations else RandomState(self.model)
         try:
             self._capture(batch, part, parameters)
         except Restart:
             self._per_sample.add(signature)
-            state.restore()
+            if state is not None:
+                state.restore()
             self._capture(batch, part, parameters)
 
     def _capture(self, batch: Batch, part: Part, parameters: Mapping[str, nn.Parameter]) -> None:

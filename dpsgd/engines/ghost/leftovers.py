@@ -29,7 +29,7 @@ def no_leftovers(model: nn.Module) -> Iterator[None]:
         for module, attributes, buffers in before:
             _put_back(vars(module), attributes)
             left += _put_back(module._buffers, buffers)
-            left += [name for name, value in vars(module).items() if _emptied(value)]
+            left += [key for key, x in vars(module).items() if x and _holds(x) and _emptied(x)]
     if left:
         raise ValueError(
             f"Expected a forward pass to keep no samples, but it leaves some in the buffers or "
@@ -45,6 +45,10 @@ def _put_back(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
         else:
             del now[key]
     return left
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, dict | list)
 
 
 def _emptied(container: Any) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -74,19 +73,21 @@ class Part:
         What the call holds is in cache now, and what it holds need not be held for long where the
         gradient is formed.
         """
-        for argument in record.site.wanted:
-            for source in self._sources_of(record.call[argument]):
-                use = Use(record.site.rule, record.call, argument, source)
-                name = source.name
-                self.uses[name].append(use)
-                self.routes[name][use.route()] = None
-                if self._expected[name] == 1 and source.view:
-                    planned, strategy = self._strategies.planned(name, use, self._size)
-                    if planned:
-                        if strategy is not None:
-                            self.chosen[name] = strategy
-                        with self._apart():
-                            self.squared_norms(name)
+        with outside_vmap(), plainly(self.rows.device.type):
+            for argument in record.site.wanted:
+                for source in self._sources_of(record.call[argument]):
+                    self._take(Use(record.site.rule, record.call, argument, source))
+
+    def _take(self, use: Use) -> None:
+        name = use.source.name
+        self.uses[name].append(use)
+        self.routes[name][use.route()] = None
+        if self._expected[name] == 1 and use.source.view:
+            planned, strategy = self._strategies.planned(name, use, self._size)
+            if planned:
+                if strategy is not None:
+                    self.chosen[name] = strategy
+                self.squared_norms(name)
 
     def finish(self, losses: Tensor, activations: int) -> None:
         """Ends the backward pass: what is used several times is merged, strategies are chosen.
@@ -112,13 +113,6 @@ class Part:
             self._sources[id(weight)] = found
             self._weights.append(weight)
         return self._sources[id(weight)]
-
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Inside the backward pass: as if neither vmap nor a function mode were on."""
-        device = self.rows.device.type
-        with torch._C.DisableTorchFunction(), outside_vmap(), plainly(device):
-            yield
 
     def squared_norms(self, name: str) -> Tensor:
         """Squared norms of the gradients of one parameter, [b]."""

@@ -7,7 +7,7 @@ Inside the loss every tensor that belongs to samples looks like that of one samp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -90,8 +90,14 @@ def _single_level() -> Iterator[None]:
         _functorch.set_single_level_autograd_function_allowed(before)
 
 
-@contextmanager
-def plainly(device: str) -> Iterator[None]:
+def plainly(device: str) -> AbstractContextManager[Any]:
     """Without gradients, autocast or inference mode, whatever is on around."""
+    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device):
+        return _plainly(device)
+    return torch.no_grad()
+
+
+@contextmanager
+def _plainly(device: str) -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         yield

@@ -176,7 +176,7 @@ def _held(uses: Mapping[str, Sequence[Use]], size: int) -> int:
         for x in (use.call.g, *(use.call[name] for name in use.call.samples))
     }
     sums = [some[0].source.parameter for some in uses.values() if some]
-    each = sum(x[:1].numel() * x.element_size() for x in tensors.values())
+    each = sum(x.numel() // max(1, len(x)) * x.element_size() for x in tensors.values())
     return size * each + sum(p.numel() * p.element_size() for p in sums)
 
 

@@ -115,5 +115,6 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Notes the call and passes the gradient on."""
         saved = ctx.saved_tensors  # once: reading it again would recompute a checkpoint again
-        ctx.tape.note(ctx.site, saved, g)
+        with torch._C.DisableTorchFunction():
+            ctx.tape.note(ctx.site, saved, g)
         return (g, None, None, None, *(None for _ in saved))

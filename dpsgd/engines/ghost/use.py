@@ -27,7 +27,7 @@ class Use:
     def bytes_held(self) -> int:
         """What the call holds per sample."""
         tensors = [self.call.g, *(self.call[name] for name in self.call.samples)]
-        return sum(x[:1].numel() * x.element_size() for x in tensors)
+        return sum(x.numel() // max(1, len(x)) * x.element_size() for x in tensors)
 
     @property
     def bytes_formed(self) -> int:
