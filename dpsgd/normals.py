@@ -12,7 +12,7 @@ from dpsgd import rng
 
 _HALF = 1 << 18
 _BLOCK = 2 * _HALF
-_PIECE = 1 << 17
+_PIECE = 1 << 18
 _ALIGNED = 1024
 _HALF_STEP = torch.tensor(2.0**-32)
 
@@ -58,7 +58,7 @@ class Normals:
     def _make(self, size: int) -> None:
         if size > self._size:
             self._size = 1 << (size - 1).bit_length()
-            self._words = rng.Words(self._size, torch.int32)
+            self._words = [rng.Words(self._size, torch.int32) for _ in range(2)]
             self._memory = torch.empty(3, self._size)
 
     def _piece(
@@ -67,12 +67,22 @@ class Normals:
         """The cosines and the sines of a block that are wanted, some of the same radii."""
         first = min(low for low, high in spans if low < high) // _ALIGNED * _ALIGNED
         size = -(-(max(high for _, high in spans) - first) // _ALIGNED) * _ALIGNED
-        radius, angle, out = self._memory[:, :size]
-        radius.copy_(self._words.read(key, block + first, size)).abs_()
-        torch.add(_HALF_STEP, radius, alpha=2.0**-31, out=radius)
-        radius.log_().mul_(-2 * std * std).sqrt_()
-        angle.copy_(self._words.read(key, block + _HALF + first, size)).mul_(math.pi * 2.0**-31)
-        for (low, high), wave, at in zip(spans, (torch.cos, torch.sin), (0, _HALF)):
+        radii, angles = (
+            words.read(key, block + half + first, size)
+            for words, half in zip(self._words, (0, _HALF))
+        )
+        waves = _box_muller(radii, angles, -2 * std * std, self._memory[:, :size])
+        for (low, high), wave, at in zip(spans, waves, (0, _HALF)):
             if low < high:
-                wave(angle, out=out).mul_(radius)
-                yield block + at + low, out[low - first : high - first]
+                yield block + at + low, wave[low - first : high - first]
+
+
+def _box_muller(
+    radii: Tensor, angles: Tensor, scale: float, memory: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The normals of the cosines and of the sines [n] from words [n]; scale is -2 std^2."""
+    radius, cosines, sines = memory
+    radius.copy_(radii).abs_()
+    torch.add(_HALF_STEP, radius, alpha=2.0**-31, out=radius).log_().mul_(scale).sqrt_()
+    torch.cos(sines.copy_(angles).mul_(math.pi * 2.0**-31), out=cosines).mul_(radius)
+    return cosines, sines.sin_().mul_(radius)

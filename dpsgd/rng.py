@@ -14,6 +14,8 @@ from torch import Tensor
 
 KEY_BYTES = 32
 _AES_BLOCK = 16
+_PIECE = 1 << 16
+_ZEROS = memoryview(bytes(_PIECE))
 
 
 def fresh_key() -> bytes:
@@ -48,10 +50,8 @@ class Words:
     """
 
     def __init__(self, count: int, dtype: torch.dtype) -> None:
-        size = count * dtype.itemsize + _AES_BLOCK
         self._dtype = dtype
-        self._zeros = memoryview(bytes(size))
-        self._stream = bytearray(size + _AES_BLOCK)
+        self._stream = memoryview(bytearray(count * dtype.itemsize + 2 * _AES_BLOCK))
 
     def read(self, key: bytes, start: int, count: int) -> Tensor:
         """Returns the words [start, start + count) of the key's stream, valid until the next call.
@@ -69,7 +69,9 @@ class Words:
         block, skipped = divmod(first, _AES_BLOCK)
         counter = modes.CTR(block.to_bytes(_AES_BLOCK, "big"))
         encryptor = Cipher(algorithms.AES(check_key(key)), counter).encryptor()
-        encryptor.update_into(self._zeros[: skipped + size], self._stream)
+        for at in range(0, skipped + size, _PIECE):
+            zeros = _ZEROS[: min(_PIECE, skipped + size - at)]
+            encryptor.update_into(zeros, self._stream[at : at + len(zeros) + _AES_BLOCK])
         return torch.frombuffer(self._stream, dtype=self._dtype, count=count, offset=skipped)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -52,6 +53,11 @@ class Vmap(Engine):
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
+            if self.compile and "InvalidCxxCompiler" in f"{type(error).__name__}: {error}":
+                warnings.warn(_NO_COMPILER, stacklevel=2)
+                self.compile = False
+                self._function = _per_sample_function(self.model, self.loss_fn, self.chunk_size)
+                return self._compute(batch, size, parameters)
             raise ValueError(
                 f"torch.func.vmap cannot run this model: {error} "
                 "Use engine=loop, which needs nothing of it but autograd."
@@ -74,6 +80,11 @@ class Vmap(Engine):
         Vmap.__init__(
             self, self.model, self.loss_fn, chunk_size=self.chunk_size, compile=self.compile
         )
+
+
+_NO_COMPILER = (
+    "engine.compile: no C++ compiler works here (set CXX, or install g++); going on without."
+)
 
 
 class _Objective(nn.Module):

@@ -135,9 +135,9 @@ class Strategies:
             gain = times[best[False]] - times[best[True]]
             if gain > 0:
                 gains.append((gain / max(extra, 1), extra, name, offered[best[True]]))
-        calls = [use.call for some in uses.values() for use in some]
-        ordinary = size * activations + max(call.g.nbytes // call.size for call in calls) * size
-        allowance = SHARE[self._choice] * ordinary - _held(uses, size)
+        largest = max(use.call.g.nbytes // use.call.size for some in uses.values() for use in some)
+        ordinary = size * (activations + largest)
+        allowance = SHARE[self._choice] * ordinary - _held_in_the_end(uses, size)
         for _, extra, name, strategy in sorted(gains, key=lambda gain: -gain[0]):
             if extra <= max(allowance, 0):
                 chosen[name] = strategy
@@ -167,17 +167,20 @@ class Strategies:
         return found
 
 
-def _held(uses: Mapping[str, Sequence[Use]], size: int) -> int:
-    """Bytes of the tensors that all uses hold, each once, and of the sums, for a whole batch."""
-    tensors = {
-        x.data_ptr(): x
-        for some in uses.values()
-        for use in some
-        for x in (use.call.g, *(use.call[name] for name in use.call.samples))
-    }
-    sums = [some[0].source.parameter for some in uses.values() if some]
-    each = sum(x.numel() // max(1, len(x)) * x.element_size() for x in tensors.values())
-    return size * each + sum(p.numel() * p.element_size() for p in sums)
+def _held_in_the_end(uses: Mapping[str, Sequence[Use]], size: int) -> int:
+    """Bytes that a whole batch leaves for the sums, and the sums, where formulas decide."""
+    tensors: dict[int, Tensor] = {}
+    total = 0
+    for some in uses.values():
+        held, formed = sum(use.bytes_held for use in some), sum(use.bytes_formed for use in some)
+        total += some[0].source.parameter.nbytes if some else 0
+        if formed <= held:
+            total += size * formed
+            continue
+        for use in some:
+            call = use.call
+            tensors |= {x.data_ptr(): x for x in (call.g, *(call[n] for n in call.samples))}
+    return total + sum(size * (x.nbytes // max(1, len(x))) for x in tensors.values())
 
 
 class _Watch:
