@@ -27,6 +27,7 @@ class Normals:
 
     def __init__(self) -> None:
         self._size = 0
+        self._make(_ALIGNED)
 
     def pieces(
         self, key: bytes, start: int, count: int, std: float = 1.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,12 @@ class Words:
     """
 
     def __init__(self, count: int, dtype: torch.dtype) -> None:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+        def encryptor(key: bytes, counter: bytes) -> Any:
+            return Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
+
+        self._encryptor = encryptor
         self._dtype = dtype
         self._stream = memoryview(bytearray(count * dtype.itemsize + 2 * _AES_BLOCK))
 
@@ -63,12 +70,9 @@ class Words:
             start: First word.
             count: Number of words.
         """
-        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
         first, size = start * self._dtype.itemsize, count * self._dtype.itemsize
         block, skipped = divmod(first, _AES_BLOCK)
-        counter = modes.CTR(block.to_bytes(_AES_BLOCK, "big"))
-        encryptor = Cipher(algorithms.AES(check_key(key)), counter).encryptor()
+        encryptor = self._encryptor(check_key(key), block.to_bytes(_AES_BLOCK, "big"))
         for at in range(0, skipped + size, _PIECE):
             zeros = _ZEROS[: min(_PIECE, skipped + size - at)]
             encryptor.update_into(zeros, self._stream[at : at + len(zeros) + _AES_BLOCK])

@@ -48,6 +48,7 @@ class Measurement:
         name: Name of the system.
         seconds: Raw times of whole steps in seconds, in the order of measurement.
         memory: Peak memory, None if it was not measured.
+        page_faults: Pages of memory provided during each of these steps; none where unknown.
         refusal: Why the system did not run, None if it did.
         note: What a reader of the figures must know.
     """
@@ -55,6 +56,7 @@ class Measurement:
     name: str
     seconds: tuple[float, ...] = ()
     memory: Memory | None = None
+    page_faults: tuple[int, ...] = ()
     refusal: str | None = None
     note: str = ""
 
@@ -83,6 +85,7 @@ class Measurement:
             "median_interval": None if self.interval is None else self.interval._asdict(),
             "ratio": self.ratio(baseline),
             "memory": None if self.memory is None else vars(self.memory),
+            "page_faults": statistics.median(self.page_faults) if self.page_faults else None,
             "refusal": self.refusal,
             "note": self.note,
         }

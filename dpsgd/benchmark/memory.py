@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,7 @@ def in_fresh_process(config: DictConfig, system: System) -> Measurement:
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
         job.write_text(
-            json.dumps(
-                {
-                    "config": OmegaConf.to_container(config),
-                    "name": system.name,
-                    "engine": system.engine,
-                }
-            ),
+            json.dumps({"config": OmegaConf.to_container(config), "system": asdict(system)}),
             encoding="utf-8",
         )
         process = subprocess.run(
@@ -86,7 +81,7 @@ def peak_memory(step: Step, meter: Meter, steps: int = 2) -> Memory:
 def _measured(job: dict[str, Any]) -> dict[str, Any]:
     workload = Workload.from_config(OmegaConf.create(job["config"]))
     try:
-        step = workload.step(System(job["name"], job["engine"]))
+        step = workload.step(System(**job["system"]))
         memory = peak_memory(step, meter_for(workload.place.device))
     except (ValueError, RuntimeError) as error:
         refusal = failure(error)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from dpsgd.checks import synthetic_batch
 from dpsgd.components import build
@@ -32,10 +32,14 @@ class System:
     Attributes:
         name: As the tables show it.
         engine: The engine's section of the configuration; None for ordinary training.
+        model: Settings of the model that this system needs otherwise (replaced layers).
+        compile: Whether ordinary training is compiled with `torch.compile`.
     """
 
     name: str
     engine: Mapping[str, Any] | None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    compile: bool = False
 
 
 def expand(entries: Sequence[Any], variants: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -109,7 +113,7 @@ class Workload:
         seed_everything(config.seed)
         parts = build(config, ("data", "model", "loss"))
         model = place.model(parts["model"])
-        batch = place.batch(synthetic_batch(parts["data"], config.bench.batch_size))
+        batch = place.batch(synthetic_batch(parts["data"], config.bench.batch_size, padded=False))
         resolved = config.copy()
         OmegaConf.resolve(resolved)
         resolved.privacy.key = None  # noise takes fresh keys here; none is written anywhere
@@ -121,11 +125,19 @@ class Workload:
         Raises:
             ValueError: If the settings are unsound or the engine refuses the model.
         """
-        model = copy.deepcopy(self.model)
+        model = self._model(system)
         if system.engine is None:
-            return self._ordinary_step(model)
+            return self._ordinary_step(model, system.compile)
         step = self._private_step(system.engine, model)
         return lambda: step(self.batch)
+
+    def _model(self, system: System) -> nn.Module:
+        """A copy of the model, or another one if the system asks for it."""
+        if not system.model:
+            return copy.deepcopy(self.model)
+        config = OmegaConf.create({**self.config, "model": {**self.config.model, **system.model}})
+        seed_everything(config.seed)
+        return self.place.model(build(config, ("data", "model"))["model"])
 
     def check(self, systems: Sequence[System]) -> None:
         """Raises for mistakes in the settings: they are no engine's refusal of the model.
@@ -155,12 +167,17 @@ class Workload:
             expected_batch_size=self.config.bench.batch_size,
         )
 
-    def _ordinary_step(self, model: nn.Module) -> Step:
+    def _ordinary_step(self, model: nn.Module, compile: bool) -> Step:
         optimizer = self._optimizer(model)
+
+        def forward() -> Tensor:
+            return self.loss_fn(model, self.batch).mean()
+
+        loss = torch.compile(forward) if compile else forward
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            self.loss_fn(model, self.batch).mean().backward()
+            loss().backward()
             optimizer.step()
 
         return step
@@ -177,4 +194,6 @@ def failure(error: Exception) -> str | None:
     words = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in words:
         return f"Out of memory: {words.splitlines()[0]}"
+    if "InvalidCxxCompiler" in words:
+        return "No C++ compiler works here (set CXX, or install g++)."
     return None

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 from dpsgd.benchmark.systems import Step, failure
 
 
@@ -49,12 +54,14 @@ class Tick:
         name: Name of the system.
         seconds: How long the step took.
         counts: Whether it counts, warm-up steps do not.
+        page_faults: Pages of memory that the system had to provide meanwhile, where it tells.
         refusal: Why the system dropped out, None if it did not.
     """
 
     name: str
     seconds: float
     counts: bool
+    page_faults: int | None = None
     refusal: str | None = None
 
 
@@ -93,6 +100,7 @@ def interleaved(
 def _tick(name: str, step: Step, counts: bool, device: torch.device) -> Tick:
     refusal = None
     _wait_for(device)
+    faults = _page_faults()
     start = time.perf_counter()
     try:
         step()
@@ -101,7 +109,14 @@ def _tick(name: str, step: Step, counts: bool, device: torch.device) -> Tick:
         refusal = failure(error)
         if refusal is None:
             raise
-    return Tick(name, time.perf_counter() - start, counts, refusal)
+    seconds = time.perf_counter() - start
+    after = _page_faults()
+    made = None if faults is None or after is None else after - faults
+    return Tick(name, seconds, counts, made, refusal)
+
+
+def _page_faults() -> int | None:
+    return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _wait_for(device: torch.device) -> None:

@@ -8,16 +8,22 @@ from dpsgd.data import Dataset
 from dpsgd.engines import Batch
 
 
-def synthetic_batch(data: Dataset, size: int) -> Batch:
-    """Returns a random batch (x, y) of what is declared about the data, none of its records."""
+def synthetic_batch(data: Dataset, size: int, *, padded: bool = True) -> Batch:
+    """Returns a random batch (x, y) of what is declared about the data, none of its records.
+
+    Args:
+        data: What is declared.
+        size: B.
+        padded: Whether the inputs end in zeros, as if padded, from another place in each sample.
+    """
     shape = (size, *data.input_shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x = torch.rand(shape)
         if data.vocab_size is not None:
             x = torch.randint(data.vocab_size, shape)
-        for row, start in enumerate(torch.randperm(size) * shape[1] // size):
-            x[row, start + 1 :] = 0  # as if padded, to several lengths in no order
+        for row, start in enumerate(torch.randperm(size) * shape[1] // size if padded else ()):
+            x[row, start + 1 :] = 0
         targets = data.train[1]
         y = torch.rand((size, *targets.shape[1:]))
         if data.num_classes is not None:

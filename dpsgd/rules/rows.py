@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 4 << 20
 """How much memory gradients that are formed in passing may take at a time."""
 
 GRAM_SHARE = 1.0
@@ -104,7 +104,7 @@ def _in_memory_order(grads: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def chunks(size: int, bytes_per_row: int) -> Iterator[slice]:
-    """Yields slices of `size` rows that together hold at most some 8 MiB, one row at least."""
+    """Yields slices of `size` rows that together hold at most some 4 MiB, one row at least."""
     step = max(1, CHUNK_BYTES // max(1, bytes_per_row))
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

@@ -56,6 +56,7 @@ class Part:
         self._sources: dict[int, list[Source]] = {}
         self._weights: list[Tensor] = []  # keeps the ids of weights from being used again
         self._expected = dict.fromkeys(parameters, 0)
+        self._order: dict[str, None] = {}
         self._formed: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
         self._by_rows: set[str] = set()
@@ -80,6 +81,7 @@ class Part:
 
     def _take(self, use: Use) -> None:
         name = use.source.name
+        self._order[name] = None
         self.uses[name].append(use)
         self.routes[name][use.route()] = None
         if self._expected[name] == 1 and use.source.view:
@@ -103,7 +105,7 @@ class Part:
         for name, uses in waiting.items():
             if len(uses) > 1:
                 self.uses[name] = merged(uses, known)
-        waiting = {name: self.uses[name] for name in waiting}
+        waiting = {n: self.uses[n] for n in self._order if n in waiting}  # of the backward pass
         self.chosen |= self._strategies.choose(waiting, self._size, activations)
 
     def _sources_of(self, weight: Tensor) -> list[Source]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpsgd.engines.ghost.timings import Timings, seconds
 from dpsgd.engines.ghost.use import Use
 from dpsgd.rules import Call
-from dpsgd.rules.rows import add_weighted_rows, squared_norms
+from dpsgd.rules.rows import CHUNK_BYTES, add_weighted_rows, squared_norms
 
 FASTEST, LEAN, FORMULAS = "fastest", "lean", "formulas"
 
@@ -117,7 +117,7 @@ class Strategies:
             return {}
         timings = Timings(next(iter(single.values())).call.g.device)
         chosen: dict[str, Strategy] = {}
-        gains: list[tuple[float, int, str, Strategy]] = []
+        gains: list[tuple[float, str, Strategy]] = []
         for name, use in single.items():
             offered = strategies_of(use)
             times = self._times(use, offered, size, timings) if offered else {}
@@ -134,14 +134,11 @@ class Strategies:
             extra = size * (use.bytes_formed - use.bytes_held)
             gain = times[best[False]] - times[best[True]]
             if gain > 0:
-                gains.append((gain / max(extra, 1), extra, name, offered[best[True]]))
-        largest = max(use.call.g.nbytes // use.call.size for some in uses.values() for use in some)
-        ordinary = size * (activations + largest)
-        allowance = SHARE[self._choice] * ordinary - _held_in_the_end(uses, size)
-        for _, extra, name, strategy in sorted(gains, key=lambda gain: -gain[0]):
-            if extra <= max(allowance, 0):
+                gains.append((gain / max(extra, 1), name, offered[best[True]]))
+        memory = _Memory(uses, size, activations)
+        for _, name, strategy in sorted(gains, key=lambda gain: -gain[0]):
+            if memory.allows(name, SHARE[self._choice]):
                 chosen[name] = strategy
-                allowance -= extra
         timings.save()
         return chosen
 
@@ -167,20 +164,49 @@ class Strategies:
         return found
 
 
-def _held_in_the_end(uses: Mapping[str, Sequence[Use]], size: int) -> int:
-    """Bytes that a whole batch leaves for the sums, and the sums, where formulas decide."""
-    tensors: dict[int, Tensor] = {}
-    total = 0
-    for some in uses.values():
-        held, formed = sum(use.bytes_held for use in some), sum(use.bytes_formed for use in some)
-        total += some[0].source.parameter.nbytes if some else 0
-        if formed <= held:
-            total += size * formed
-            continue
-        for use in some:
-            call = use.call
-            tensors |= {x.data_ptr(): x for x in (call.g, *(call[n] for n in call.samples))}
-    return total + sum(size * (x.nbytes // max(1, len(x))) for x in tensors.values())
+class _Memory:
+    """What a backward pass holds as it goes, for a whole batch.
+
+    Ordinary training holds its activations and lets go of them on the way. This one keeps on the
+    way what norms and sums need: inputs and output gradients of calls, or gradients.
+
+    Args:
+        uses: All uses of each parameter, in the order of the backward pass.
+        size: The size of the batch.
+        activations: Bytes per sample that the forward pass holds.
+    """
+
+    def __init__(self, uses: Mapping[str, Sequence[Use]], size: int, activations: int) -> None:
+        self._activations = size * activations
+        self._held = {n: size * sum(use.bytes_held for use in some) for n, some in uses.items()}
+        self._formed = {n: size * sum(u.bytes_formed for u in some) for n, some in uses.items()}
+        self._kept = {n: min(held, self._formed[n]) for n, held in self._held.items()}
+        gradients = [use.call.g for some in uses.values() for use in some]
+        self._largest = max(size * (g.nbytes // max(1, len(g))) for g in gradients)
+
+    def allows(self, name: str, share: float) -> bool:
+        """Notes that a parameter's gradients are kept, if that does not take too much.
+
+        Args:
+            name: The parameter.
+            share: The most that may be held at any time, in units of what ordinary training holds.
+        """
+        before, self._kept[name] = self._kept[name], self._formed[name]
+        allowed = self._kept[name] <= before or self._peak() <= share * (
+            self._activations + self._largest
+        )
+        if not allowed:
+            self._kept[name] = before
+        return allowed
+
+    def _peak(self) -> float:
+        everything = sum(self._held.values())
+        passed = kept = 0
+        peak = float(self._activations)
+        for name, held in self._held.items():
+            passed, kept = passed + held, kept + self._kept[name]
+            peak = max(peak, self._activations * (1 - passed / everything) + kept)
+        return peak + 2 * self._largest + CHUNK_BYTES  # copies in passing
 
 
 class _Watch:
