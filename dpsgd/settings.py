@@ -59,7 +59,7 @@ class Bench:
     warmup: int = 2
     max_seconds: float = 60.0
     memory: bool = True
-    sweep: dict[str, Any] = field(default_factory=dict)
+    sweep: Any = None
     dir: str = "runs"
 
 

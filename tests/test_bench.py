@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 import dpsgd
-from dpsgd.bench import bench
+from dpsgd.bench import bench, sweep
 from dpsgd.benchmark.memory import in_fresh_process
 from dpsgd.benchmark.systems import BASELINE, System, Workload
 from dpsgd.config import config_dir, resolve
@@ -143,6 +143,7 @@ def test_a_mistake_in_the_memory_process_is_shown():
         ("bench.engines=[nobody]", "ghost, hooks, loop, opacus, vmap.*got 'nobody'"),
         ("bench.engines=[]", "at least one engine"),
         ("bench.engines=[vmap,vmap]", r"\['vmap'\] repeated"),
+        ("bench.engines=[non-private]", "non-private: {compile: true}"),
         ("bench.engines=[{opacus:{mode:gost}}]", "opacus-gost: .*got 'gost'"),
         ("bench.engines=[{opacus:{mod:ghost}}]", "takes no 'mod'"),
         ("bench.batch_size=0", "batch_size >= 1, got 0"),
@@ -188,3 +189,57 @@ def test_a_bad_setting_is_one_line_and_status_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("Error: Expected bench.engines to name")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_sweep_measures_every_value_and_draws_curves(tmp_path):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        typed = [*SMALL, "model=linear", "bench.engines=[vmap]", "bench.repetitions=1"]
+        typed += ["bench.sweep={bench.batch_size:[2,4,8]}"]
+        config = resolve(compose("bench", overrides=typed), typed)
+        found = sweep(config, tmp_path / "here", Console(file=io.StringIO(), width=150))
+    report = json.loads((tmp_path / "here" / "bench.json").read_text())
+    assert report["sweep"] == "bench.batch_size"
+    assert report["values"] == [2, 4, 8]
+    sizes = [result["config"]["bench"]["batch_size"] for result in report["results"]]
+    assert sizes == [results.workload.config.bench.batch_size for results in found] == [2, 4, 8]
+    assert all(by_name(result)["vmap"]["ratio"] > 0 for result in report["results"])
+    assert (tmp_path / "here" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("bench.sweep={bench.batch_size:[2]}", "at least two values"),
+        ("bench.sweep={bench.batch_size:8}", "at least two values"),
+        ("bench.sweep={bench.batch_size:[2,4],seed:[0,1]}", "at least two values"),
+        ("bench.sweep={bench.size:[2,4]}", "no 'bench.size'"),
+        ("bench.sweep={bench.batch_size:[2,0]}", "batch_size >= 1, got 0"),
+    ],
+)
+def test_a_sweep_of_nonsense_is_told_before_anything_is_measured(setting, message, tmp_path):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = resolve(compose("bench", overrides=[*SMALL, setting]), [])
+        with pytest.raises(ValueError, match=message):
+            sweep(config, tmp_path / "new", Console(file=io.StringIO()))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_system_may_run_another_model(tmp_path):
+    engines = "bench.engines=[vmap,{vmap:{chunk_size:2,model:{widths:[3]}}}]"
+    results, report, _ = run(tmp_path, "model=mlp", "model.widths=[5]", engines)
+    assert list(by_name(report))[1:] == ["vmap", "vmap-chunk_size=2"]
+    other = System("other", None, {"widths": [3]})
+    assert results.workload._model(other)(torch.rand(2, 6, 6)).shape == (2, 10)
+    assert any(p.shape[0] == 3 for p in results.workload._model(other).parameters())
+
+
+def test_page_faults_of_steps_are_reported(lstm):
+    *_, report, _ = lstm
+    assert by_name(report)["vmap-chunk_size=2"]["page_faults"] >= 0
+
+
+@pytest.mark.slow
+def test_ordinary_training_is_measured_compiled_too(tmp_path):
+    entry = "bench.engines=[{non-private:{compile:true}}]"
+    _, report, _ = run(tmp_path, "model=linear", entry)
+    assert by_name(report)["non-private-compile"]["ratio"] > 0

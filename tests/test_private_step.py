@@ -186,3 +186,55 @@ def test_batch_statistics_are_refused_whatever_the_engine(engine, tracked):
     with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\).*replace_batch_norm"):
         step(torch.randn(4, 4))
     assert tracked is False or not model[1].running_mean.any()
+
+
+def test_gradients_that_somebody_holds_are_not_written_into():
+    """The memory of a step's sums is used again, but only if nobody could see it half-made."""
+    step = make(noise_multiplier=1.0)
+    model = step.engine.model
+    step(data())
+    held = model.weight.grad
+    row, array = model.bias.grad[1:], model.bias.grad.detach().numpy()
+    before = held.clone(), row.clone(), array.copy()
+    for _ in range(3):
+        step(data())
+    assert torch.equal(held, before[0])
+    assert torch.equal(row, before[1])
+    assert (array == before[2]).all()
+
+
+def test_the_memory_of_sums_is_used_again():
+    step = make(noise_multiplier=1.0)
+    places = set()
+    for _ in range(4):
+        step(data())
+        places.add(step.engine.model.weight.grad.data_ptr())
+    assert len(places) == 1
+
+
+def test_a_discarded_step_leaves_nothing_in_the_memory_of_the_next():
+    clean, spoilt = make(noise_multiplier=1.0), make(noise_multiplier=1.0)
+    spoilt.accumulate(1e3 * data())
+    spoilt.discard()
+    for step in (clean, spoilt):
+        step(data())
+    for p, q in zip(clean.engine.model.parameters(), spoilt.engine.model.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_parameters_of_two_precisions_share_a_step():
+    model = nn.Sequential(nn.Linear(4, 3).double(), nn.Linear(3, 2).double())
+    model[1].bias.data = model[1].bias.data.float()
+    loss = lambda m, b: (m[0](b) @ m[1].weight.T + m[1].bias.double()).square().sum(1)  # noqa: E731
+    step = PrivateStep(
+        engines.Ghost(model, loss),
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        clipping=clipping.Flat(0.5),
+        noise=Gaussian(bytes(32)),
+        noise_multiplier=1.0,
+        expected_batch_size=8.0,
+    )
+    for _ in range(2):
+        step(data())
+    assert model[1].bias.grad.dtype == torch.float32
+    assert model[1].weight.grad.dtype == torch.float64

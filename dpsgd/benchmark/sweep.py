@@ -23,7 +23,8 @@ def setting_and_values(config: DictConfig) -> tuple[str, list[Any]]:
     Raises:
         ValueError: If it is not `{setting: [value, value, ...]}`, or there is no such setting.
     """
-    sweep: Any = OmegaConf.to_container(config.bench.sweep, resolve=True)
+    sweep: Any = OmegaConf.to_container(config.bench, resolve=True)
+    sweep = sweep["sweep"]
     usable = isinstance(sweep, dict) and len(sweep) == 1
     key, values = next(iter(sweep.items())) if usable else ("", None)
     if not isinstance(values, list) or len(values) < 2:
@@ -40,7 +41,7 @@ def with_setting(config: DictConfig, key: str, value: Any) -> DictConfig:
     """Returns a copy of the configuration with another value of one setting."""
     changed = config.copy()
     OmegaConf.update(changed, key, value, merge=False)
-    changed.bench.sweep = {}
+    changed.bench.sweep = None
     return changed
 
 

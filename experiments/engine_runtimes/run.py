@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-COMMON = ["bench.repetitions=15", "bench.max_seconds=15", "device=cpu"]
+COMMON = ["bench.repetitions=11", "bench.max_seconds=8", "device=cpu"]
 ENGINES = (
     "bench.engines=[{non-private:{compile:true}},ghost,hooks,vmap,{vmap:{compile:true}},opacus]"
 )

@@ -384,3 +384,37 @@ def test_a_long_float32_sum_loses_no_small_terms():
     rows[0, 0] = 100.0
     expected = 1e4 + (1 << 25) * 1e-6
     assert abs(engines.grads.squared_norms(rows).item() / expected - 1) < 1e-6
+
+
+@every_engine
+def test_sums_overwrite_what_out_holds_or_add_to_it(engine):
+    run = ALL[engine](net(), squares)
+    grads, weights = run(batch()), torch.rand(5)
+    expected = grads.weighted_sum(weights)
+    out = {name: torch.full_like(total, float("nan")) for name, total in expected.items()}
+    assert grads.weighted_sum(weights, out=out, beta=0) == out
+    for name, total in expected.items():
+        torch.testing.assert_close(out[name], total)
+    grads.weighted_sum(weights, out=out)
+    for name, total in expected.items():
+        torch.testing.assert_close(out[name], 2 * total)
+    with pytest.raises(ValueError, match=r"beta to be 0 or 1, got 0\.5"):
+        grads.weighted_sum(weights, out=out, beta=0.5)
+
+
+@every_engine
+def test_sums_of_all_parameters_lie_in_one_block_of_memory(engine):
+    sums = ALL[engine](net(), squares)(batch()).weighted_sum(torch.ones(5))
+    assert len({total.untyped_storage().data_ptr() for total in sums.values()}) == 1
+    ends = [total.storage_offset() + total.numel() for total in sums.values()]
+    assert [total.storage_offset() for total in sums.values()] == [0, *ends[:-1]]
+
+
+@every_engine
+def test_sums_fit_into_strided_and_wider_tensors(engine):
+    grads = ALL[engine](net(), squares)(batch())
+    expected = grads.weighted_sum(torch.ones(5))
+    out = {n: torch.zeros(t.shape[::-1], dtype=torch.float64).T for n, t in expected.items()}
+    grads.weighted_sum(torch.ones(5), out=out)
+    for name, total in expected.items():
+        torch.testing.assert_close(out[name], total)

@@ -207,3 +207,18 @@ def test_the_tail_is_normal_past_six_sigma(key):
         expected = total * 2 * stats.norm.sf(bound)
         assert abs(count - expected) < 6 * math.sqrt(expected)
     assert past[6] > 0
+
+
+@pytest.mark.slow
+def test_many_normals_are_normal(key):
+    """2^26 of them: chi-square over 1000 equally likely cells, and Kolmogorov-Smirnov."""
+    edges = torch.tensor(stats.norm.ppf(np.arange(1, 1000) / 1000), dtype=torch.float32)
+    total, chunk = 1 << 26, 1 << 22
+    counts, largest = torch.zeros(1000), 0.0
+    for start in range(0, total, chunk):
+        z = normals(key, start, chunk)
+        counts += torch.bincount(torch.bucketize(z, edges), minlength=1000)
+        if start == 0:
+            largest = stats.kstest(z.double().numpy(), "norm").pvalue
+    assert stats.chisquare(counts.double().numpy()).pvalue > 1e-6
+    assert largest > 1e-6

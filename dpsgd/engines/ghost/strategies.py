@@ -121,20 +121,21 @@ class Strategies:
         for name, use in single.items():
             offered = strategies_of(use)
             times = self._times(use, offered, size, timings) if offered else {}
-            if not times:
-                continue
-            best = {
-                keeps: min(
+            kept, dropped = (
+                min(
                     (way for way in times if (offered[way].form is not None) == keeps),
                     key=times.__getitem__,
+                    default=None,
                 )
-                for keeps in (False, True)
-            }
-            chosen[name] = offered[best[False]]
-            extra = size * (use.bytes_formed - use.bytes_held)
-            gain = times[best[False]] - times[best[True]]
-            if gain > 0:
-                gains.append((gain / max(extra, 1), name, offered[best[True]]))
+                for keeps in (True, False)
+            )
+            if dropped is not None:
+                chosen[name] = offered[dropped]
+            if kept is not None:
+                gain = math.inf if dropped is None else times[dropped] - times[kept]
+                extra = size * (use.bytes_formed - use.bytes_held)
+                if gain > 0:
+                    gains.append((gain / max(extra, 1), name, offered[kept]))
         memory = _Memory(uses, size, activations)
         for _, name, strategy in sorted(gains, key=lambda gain: -gain[0]):
             if memory.allows(name, SHARE[self._choice]):
@@ -146,8 +147,9 @@ class Strategies:
         self, use: Use, offered: Mapping[str, Strategy], size: int, timings: Timings
     ) -> dict[str, float]:
         """Seconds of each strategy; few or none once the time for timing is spent."""
-        found = timings.of(f"{use.key} batch={size}")
-        if found.keys() >= offered.keys():
+        key = f"{use.key} batch={size}"
+        found = {name: t for name, t in timings.of(key).items() if name in offered}
+        if found.keys() == offered.keys():
             return found
         if self._left <= 0:
             return {}
@@ -159,6 +161,7 @@ class Strategies:
             else:
                 found[name], spent = watch.time(strategy, best)
                 self._left -= spent
+        timings.note(key, found)
         if self._left <= 0:
             _log.info("Timing of strategies stopped after %g s.", MAX_SECONDS)
         return found

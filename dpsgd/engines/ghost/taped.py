@@ -49,7 +49,8 @@ class TapedGrads(PerSampleGrads):
         words: dict[str, dict[str, None]] = {name: {} for name in self._shapes}
         for part in self._parts:
             for name, routes in part.routes.items():
-                words[name].update(dict.fromkeys(routes))
+                how = f", {part.chosen[name].name}" if name in part.chosen else ""
+                words[name].update({route + how: None for route in routes})
         return {name: " + ".join(found) or "unused" for name, found in words.items()}
 
     def _release(self) -> None:

@@ -10,7 +10,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -62,14 +62,18 @@ class Timings:
         self._known = {key: dict(times) for key, times in self._times.items()}
 
     def of(self, key: str) -> dict[str, float]:
-        """Returns the times by strategy for one kind of call, to be filled in."""
-        return self._times.setdefault(key, {})
+        """Returns the times by strategy for one kind of call, none if it is unknown."""
+        return self._times.get(key, {})
+
+    def note(self, key: str, times: Mapping[str, float]) -> None:
+        """Remembers the times for one kind of call."""
+        self._times[key] = dict(times)
 
     def save(self) -> None:
         """Writes what is new."""
         if self._times == self._known:
             return
-        times = self._read() | {key: found for key, found in self._times.items() if found}
+        times = self._read() | self._times
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
