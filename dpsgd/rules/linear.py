@@ -73,6 +73,7 @@ class Affine(Rule):
         forms = {"product": lambda call: self.materialize(call, name)}
         norms = {
             "gram": lambda call: gram_norms(*self.operands(call)),
+            "symmetric": lambda call: gram_norms(*self.operands(call), halves=True),
             "product": lambda call: formed_norms(*self.operands(call)),
         }
         return Ways(forms, norms)

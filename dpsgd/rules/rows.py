@@ -128,14 +128,20 @@ def product_norms(a: Tensor, g: Tensor) -> Tensor:
     return gram_norms(a, g) if few else formed_norms(a, g)
 
 
-def gram_norms(a: Tensor, g: Tensor) -> Tensor:
+def gram_norms(a: Tensor, g: Tensor, *, halves: bool = False) -> Tensor:
     """Returns ||sum_t g_t a_t^T||_F^2 [B] as the sum over the product of Gram matrices [T, T].
 
     The entrywise product of a a^T and g g^T (Goodfellow 2015, arXiv:1510.01799; Li et al. 2021,
     arXiv:2110.05679): the product itself is never formed.
+
+    Args:
+        a: Inputs [B, T, d].
+        g: Output gradients [B, T, p].
+        halves: Whether of the two equal quarters off the diagonal only one is computed.
     """
+    gram = _gram_by_halves if halves else _gram
     squares = by_chunks(
-        len(a), 2 * a.shape[1] ** 2 * a.element_size(), lambda rows: _gram(a[rows], g[rows])
+        len(a), 2 * a.shape[1] ** 2 * a.element_size(), lambda rows: gram(a[rows], g[rows])
     )
     return unless_cancelled(squares, reach(a, g), a.dtype, lambda i: formed_norms(a[i], g[i]))
 
@@ -185,7 +191,18 @@ def rounded_up(squares: Tensor, reach: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gram(a: Tensor, g: Tensor) -> Tensor:
-    grams = torch.bmm(a, a.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
+    return _inner(a, g, a, g)
+
+
+def _gram_by_halves(a: Tensor, g: Tensor) -> Tensor:
+    middle = a.shape[1] // 2
+    first, last = (a[:, :middle], g[:, :middle]), (a[:, middle:], g[:, middle:])
+    return _inner(*first, *first) + 2 * _inner(*first, *last) + _inner(*last, *last)
+
+
+def _inner(a: Tensor, g: Tensor, other_a: Tensor, other_g: Tensor) -> Tensor:
+    """<sum_t g_t a_t^T, sum_s g'_s a'_s^T>, [B]."""
+    grams = torch.bmm(a, other_a.transpose(1, 2)).mul_(torch.bmm(g, other_g.transpose(1, 2)))
     return grams.sum((1, 2), dtype=wide(a))
 
 

@@ -191,6 +191,43 @@ def test_routes_tell_the_strategy():
     assert routes["head.bias"] == "linear"
 
 
+def test_parts_of_a_batch_are_not_timed(monkeypatch):
+    """How many samples go one way depends on what they hold: only whole batches may be timed."""
+    timed = []
+    watch = strategies._Watch.__init__
+
+    def spy(self, use, call, size):
+        timed.append(call.size)
+        watch(self, use, call, size)
+
+    monkeypatch.setattr(strategies._Watch, "__init__", spy)
+
+    class Branching(Wide):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else super().forward(-2 * x)
+
+    torch.manual_seed(0)
+    model, x = Branching().double(), torch.randn(128, 4, 16, 16, dtype=torch.float64)
+    x[:100] = x[:100].abs()
+    x[100:] = -x[100:].abs()
+    engine = Ghost(model, squares)
+    assert_agrees(engine(x), Loop(model, squares)(x))
+    assert timed == []
+    assert_agrees(engine(x.abs()), Loop(model, squares)(x.abs()))
+    assert set(timed) == {128}
+
+
+def test_what_does_not_fit_while_it_is_timed_is_not_taken(monkeypatch):
+    def fails(self, form, call):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(strategies._Watch, "_kept", fails)
+    model, x = wide()
+    names = chosen(Ghost(model, squares), x)
+    assert names
+    assert not any(name.startswith("keep") for name in names.values())
+
+
 def test_gradients_are_kept_only_as_far_as_memory_allows():
     class Some:
         """A use that holds 10 bytes per sample; its gradient takes `formed`."""

@@ -81,13 +81,19 @@ class Strategies:
     ) -> dict[str, Strategy]:
         """Returns strategies by the names of parameters; what has none goes by formulas.
 
+        Only a whole batch is timed: how large its parts are depends on what the samples hold.
+
         Args:
             uses: All uses of each parameter, in one part of a batch.
             size: The size of the whole batch, which is public, for what is timed.
             activations: Bytes per sample that the forward pass holds for the backward pass.
         """
         single = {name: u[0] for name, u in uses.items() if len(u) == 1 and u[0].source.view}
-        waiting = {n: use for n, use in single.items() if not self.planned(n, use, size)[0]}
+        waiting = {
+            name: use
+            for name, use in single.items()
+            if use.call.size == size and not self.planned(name, use, size)[0]
+        }
         found = self._timed(waiting, uses, size, activations)
         for name, use in waiting.items():
             self._plans[name, size, use.shapes] = found.get(name)
@@ -239,9 +245,12 @@ class _Watch:
         few, all_ = self._calls
         device = few.g.device
         start = time.perf_counter()
-        estimate = seconds(lambda: what(few), device) * self._size / few.size
-        if estimate < _HOPELESS * max(best, 0.0):
-            estimate = seconds(lambda: what(all_), device)
+        try:
+            estimate = seconds(lambda: what(few), device) * self._size / few.size
+            if estimate < _HOPELESS * max(best, 0.0):
+                estimate = seconds(lambda: what(all_), device)
+        except torch.OutOfMemoryError:
+            estimate = math.inf
         return estimate, time.perf_counter() - start
 
     def _contract(self, call: Call) -> None:
@@ -260,6 +269,7 @@ KNOWN = (
     LEAN,
     FORMULAS,
     "gram",
+    "symmetric",
     "lags",
     *(
         keep + way
