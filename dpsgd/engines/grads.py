@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -31,6 +32,7 @@ class PerSampleGrads(ABC):
         self._dtypes = {n: torch.promote_types(x.dtype, torch.float32) for n, x in like.items()}
         self._size = size
         self._expired = False
+        self._latest_norms: tuple[list[list[str]], Tensor] | None = None
         self._watched: list[tuple[Tensor, int]] = []
 
     def __repr__(self) -> str:
@@ -54,9 +56,7 @@ class PerSampleGrads(ABC):
             not.
         """
         self._check_alive()
-        squares = self._squared_norms()
-        totals = [torch.stack([squares[n] for n in group]).sum(0) for group in self._groups(groups)]
-        return torch.stack(totals, dim=1).sqrt().to(self._norm_dtype())
+        return self._norms_of(self._groups(groups)).clone()
 
     def weighted_sum(
         self,
@@ -101,7 +101,7 @@ class PerSampleGrads(ABC):
 
     def expire(self) -> None:
         """Frees what the gradients hold; every later call raises. The engine calls it."""
-        self._expired = True
+        self._expired, self._latest_norms = True, None
         self._release()
 
     def watch(self, batch: Batch) -> None:
@@ -153,9 +153,10 @@ class PerSampleGrads(ABC):
             raise ValueError("Expected groups as sequences of parameter names, got a bare string.")
         listed = [list(group) for group in groups]
         flat = [name for group in listed for name in group]
+        counts = Counter(flat)
         unknown = [name for name in flat if name not in self._shapes]
-        missing = [name for name in self._shapes if name not in flat]
-        twice = sorted({name for name in flat if flat.count(name) > 1})
+        missing = [name for name in self._shapes if name not in counts]
+        twice = sorted(name for name, count in counts.items() if count > 1)
         if not all(listed):
             raise ValueError(
                 "Expected at least one parameter name in each group, got an empty group."
@@ -169,7 +170,7 @@ class PerSampleGrads(ABC):
 
     def _columns(self, weights: Tensor, groups: Groups | None) -> dict[str, Tensor]:
         listed = self._groups(groups)
-        norms = self.norms(groups)
+        norms = self._norms_of(listed)
         weights = torch.as_tensor(weights).detach().to(norms.device)
         if weights.dim() == 1:
             weights = weights[:, None].expand(-1, len(listed))
@@ -189,6 +190,15 @@ class PerSampleGrads(ABC):
             )
         columns = zip(weights.unbind(1), listed, strict=True)
         return {name: column for column, group in columns for name in group}
+
+    def _norms_of(self, groups: list[list[str]]) -> Tensor:
+        """The norms [B, K] of checked groups, taken once as long as the groups stay the same."""
+        if self._latest_norms is None or self._latest_norms[0] != groups:
+            squares = self._squared_norms()
+            totals = [torch.stack([squares[name] for name in group]).sum(0) for group in groups]
+            norms = torch.stack(totals, dim=1).sqrt().to(self._norm_dtype())
+            self._latest_norms = groups, norms
+        return self._latest_norms[1]
 
     def _norm_dtype(self) -> torch.dtype:
         return torch.promote_types(self._losses().dtype, torch.float32)

@@ -31,7 +31,7 @@ class Affine(Rule):
         """Returns G_i, or the sum over the positions for the bias."""
         a, g = self.operands(call)
         if name != self.weights[0]:
-            return g.sum(1)
+            return g[:, 0] if g.shape[1] == 1 else g.sum(1)
         return torch.bmm(a.transpose(1, 2), g) if self.transposed else torch.bmm(g.mT, a)
 
     def squared_norms(self, call: Call, name: str) -> Tensor:
@@ -53,8 +53,7 @@ class Affine(Rule):
         a, g = self.operands(call)
         weights = weights.to(g.dtype)
         if name != self.weights[0]:
-            g = g.flatten(0, 1) if g.shape[1] == 1 else g.sum(1)
-            add_product(out, g.T, weights, beta)
+            add_product(out, self.materialize(call, name).T, weights, beta)
             return
         column = weights[:, None, None]
         if g.stride(0) < g.stride(1):  # positions first in memory, as in recurrent networks

@@ -201,9 +201,8 @@ class _Memory:
             share: The most that may be held at any time, in units of what ordinary training holds.
         """
         before, self._kept[name] = self._kept[name], self._formed[name]
-        allowed = self._kept[name] <= before or self._peak() <= share * (
-            self._activations + self._largest
-        )
+        limit = share * (self._activations + 2 * self._largest)
+        allowed = self._kept[name] <= before or self._peak() <= limit
         if not allowed:
             self._kept[name] = before
         return allowed
