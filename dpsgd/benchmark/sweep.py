@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from omegaconf import DictConfig, OmegaConf
 
 from dpsgd.benchmark.measurement import Measurement
@@ -80,8 +80,9 @@ def save_curves(key: str, values: Sequence[Any], found: Sequence[Results], path:
                     label=name,
                 )
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_locator(NullLocator())
         if numbers:
             axis.set_xscale("log")
             axis.xaxis.set_minor_locator(NullLocator())

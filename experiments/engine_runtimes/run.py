@@ -1,6 +1,6 @@
 """What private training costs beside ordinary training, on ten workloads, and how that grows.
 
-    python experiments/engine_runtimes/run.py [WORKLOAD ...]
+    python experiments/engine_runtimes/run.py [WORKLOAD ...]   # draw: measure nothing
 
 Runs `python -m dpsgd.bench` on each workload of configs/workload (about half an hour for all, on
 two cores), keeps its JSON in results/, and draws and lists everything that is there.
@@ -19,6 +19,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -139,17 +140,21 @@ def draw(measured: Mapping[str, Mapping[str, Any]]) -> None:
         times.bar_label(bars, [f"{y:.2f}" if y < 10 else f"{y:.0f}" for y in ys], fontsize=6.5)
     for axis, heading in ((times, "time of a step"), (memory, "peak memory of a step")):
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axis.set_ylabel(f"{heading} /\nordinary training", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     memory.set_xticks(range(len(measured)), list(measured), fontsize=9)
-    times.legend(fontsize=8, ncols=4, loc="upper left")
+    times.set_ylim(top=200)
+    times.legend(fontsize=8, ncols=4, loc="upper right", frameon=False)
     figure.savefig(HERE / "engine_runtimes.png", dpi=160)
 
 
 def main(chosen: Sequence[str]) -> None:
     """Measures the chosen workloads and sweeps, all by default, and writes what there is."""
-    for workload in TARGETS:
+    for workload in TARGETS if chosen != ["draw"] else ():
         if not chosen or workload in chosen:
             measure(workload, workload, [] if workload == "bag" else [ENGINES])
     for name, (workload, key, values) in SWEEPS.items():

@@ -110,6 +110,10 @@ class Capture(TorchFunctionMode):
             if result is not None:
                 return result
             args, kwargs = self.with_expanded_weights(args, kwargs)
+        elif func in DECOMPOSED:
+            result = self._by_rule(func, args, kwargs)
+            if result is not None:
+                return result
         return self._plainly(func, args, kwargs)
 
     def open(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -268,6 +272,9 @@ class Expanded(Rule):
 
 
 EXPANDED = Expanded()
+
+DECOMPOSED = {torch.nn.functional.linear, torch.addmm, torch.layer_norm, torch.group_norm}
+"""Functions that vmap takes apart: frozen ones, too, run by their rule, in one kernel."""
 
 
 def _unpacked() -> AbstractContextManager[Any]:
