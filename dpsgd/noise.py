@@ -72,8 +72,8 @@ class Gaussian:
             key = rng.derive(self._key, "noise", step)
             for start, total in _spans(sums, offsets):
                 flat = total.view(-1) if total.is_contiguous() else total.new_zeros(total.numel())
-                for place, noise in self._normals.pieces(key, start, total.numel(), std):
-                    flat[place : place + len(noise)].add_(noise.to(total.device))
+                for place, noise in self._normals.pieces(key, start, total.numel()):
+                    flat[place : place + len(noise)].add_(noise.to(flat), alpha=std)
                 if not total.is_contiguous():
                     total.add_(flat.view(total.shape))
 
@@ -91,7 +91,8 @@ class Gaussian:
             if offsets is not None and offsets.get(name, -1) < 0:
                 raise ValueError(f"Expected a flat offset >= 0 for '{name}' in `offsets`.")
         if offsets is not None:
-            spans = sorted((offsets[name], total.numel()) for name, total in sums.items())
+            filled = {name: total for name, total in sums.items() if total.numel()}
+            spans = sorted((offsets[name], total.numel()) for name, total in filled.items())
             if any(start + size > after for (start, size), (after, _) in pairwise(spans)):
                 raise ValueError(
                     "Expected offsets of disjoint shards: overlapping ones share noise."

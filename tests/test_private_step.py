@@ -203,6 +203,17 @@ def test_gradients_that_somebody_holds_are_not_written_into():
     assert (array == before[2]).all()
 
 
+def test_a_storage_that_somebody_holds_is_not_written_into():
+    step = make(noise_multiplier=1.0)
+    step(data())
+    before = step.engine.model.weight.grad.clone()
+    storage = step.engine.model.weight.grad.untyped_storage()
+    for _ in range(3):
+        step(data())
+    held = torch.tensor([], dtype=before.dtype).set_(storage)[: before.numel()]
+    assert torch.equal(held, before.flatten())
+
+
 def test_the_memory_of_sums_is_used_again():
     step = make(noise_multiplier=1.0)
     places = set()

@@ -70,6 +70,10 @@ def test_convolutions(data, n, size, bias):
         mode,
     )
     x = torch.randn(size, layer.in_channels, *space).double()
+    if data.draw(st.booleans()):  # channels last in memory
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if n == 2 and data.draw(st.booleans()):
+        layer = layer.to(memory_format=torch.channels_last)
     try:
         layer.double()(x)
     except RuntimeError:  # kernel larger than the padded input

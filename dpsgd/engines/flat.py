@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -64,6 +65,10 @@ class Flat:
             and self._count() == self._holders
         )
 
-    def _count(self) -> list[int]:
+    def _count(self) -> list[tuple[int, int]]:
+        """How many tensors and how many Python objects hold each block."""
         storages = [block.untyped_storage() for block in self._blocks.values()]
-        return [torch._C._storage_Use_Count(storage._cdata) for storage in storages]
+        return [
+            (torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage))
+            for storage in storages
+        ]

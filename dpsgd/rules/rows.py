@@ -212,10 +212,10 @@ def reach(a: Tensor, g: Tensor) -> Tensor:
 
 
 def _lengths(x: Tensor) -> Tensor:
-    """Squared norms of [B, T, d] of any strides, without a copy."""
-    if x.is_contiguous():
+    """Squared norms of [B, ..., d] of any strides, without a copy."""
+    if x.is_contiguous() or x.dim() < 3:
         return squared_norms(x)
-    squares = torch.linalg.vector_norm(x, dim=2).to(wide(x)).square().sum(1)
+    squares = torch.linalg.vector_norm(x, dim=-1).to(wide(x)).square().flatten(1).sum(1)
     return squares if _within(squares, _TINY) else squared_norms(x)
 
 

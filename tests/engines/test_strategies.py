@@ -90,6 +90,39 @@ def test_every_strategy_is_exact_on_models(case, strategy):
         )
 
 
+@pytest.mark.parametrize("strategy", [*FORCED, "fastest"])
+@pytest.mark.parametrize("layout", ["input", "weight", "permuted"])
+def test_channels_last_is_exact(strategy, layout):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, 2))
+    model, x = model.double(), torch.randn(64, 4, 16, 16, dtype=torch.float64)
+    if layout == "weight":
+        model = model.to(memory_format=torch.channels_last)
+    elif layout == "input":
+        x = x.to(memory_format=torch.channels_last)
+    else:
+        x = x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
+    engine, reference = Ghost(model, squares, strategy=strategy), Loop(model, squares)(x)
+    for _ in range(2):
+        assert_agrees(engine(x), reference)
+
+
+@pytest.mark.parametrize("strategy", [*FORCED, "fastest"])
+def test_sequences_of_any_layout_are_exact(strategy):
+    """Time first in memory, every other feature, one position for all."""
+    torch.manual_seed(0)
+    model, whole = nn.Linear(24, 40).double(), torch.randn(20, 128, 48, dtype=torch.float64)
+    engine = Ghost(model, squares, strategy=strategy)
+    for x in (
+        whole[..., :24].transpose(0, 1).contiguous().permute(1, 0, 2).permute(1, 0, 2),
+        whole.transpose(0, 1)[..., ::2],
+        whole[:, :1, :24].transpose(0, 1).expand(50, 20, 24),
+    ):
+        reference = Loop(model, squares)(x)
+        for _ in range(2):
+            assert_agrees(engine(x), reference)
+
+
 @pytest.mark.parametrize("strategy", FORCED)
 def test_no_weighted_row_is_longer_than_the_clip_norm_whatever_the_strategy(strategy):
     """In float32, on sequences that cancel: w_i g_i, as it is summed, has norm C at most."""

@@ -222,3 +222,46 @@ def test_many_normals_are_normal(key):
             largest = stats.kstest(z.double().numpy(), "norm").pvalue
     assert stats.chisquare(counts.double().numpy()).pvalue > 1e-6
     assert largest > 1e-6
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_dtype_does_not_change_the_noise(default, key):
+    expected = {"w": torch.zeros(3000)}
+    Gaussian(key).add_(expected, 1.0, 0)
+    found = {"w": torch.zeros(3000)}
+    torch.set_default_dtype(default)
+    try:
+        Gaussian(key).add_(found, 1.0, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found["w"], expected["w"])
+
+
+def test_the_default_device_does_not_change_the_noise(key):
+    with torch.device("meta"):
+        found = {"w": torch.zeros(3000, device="cpu")}
+        Gaussian(key).add_(found, 1.0, 0)
+    expected = {"w": torch.zeros(3000)}
+    Gaussian(key).add_(expected, 1.0, 0)
+    assert torch.equal(found["w"], expected["w"])
+
+
+@pytest.mark.parametrize("std", [1e-30, 1e-20, 1e20, 1e30])
+def test_the_noise_has_any_size_that_is_asked_for(std, key):
+    """std^2 would vanish or overflow in float32 here."""
+    one, scaled = {"w": torch.zeros(5000)}, {"w": torch.zeros(5000)}
+    Gaussian(key).add_(one, 1.0, 0)
+    Gaussian(key).add_(scaled, std, 0)
+    torch.testing.assert_close(scaled["w"].double() / std, one["w"].double(), rtol=1e-6, atol=0)
+
+
+def test_empty_tensors_take_no_noise_and_no_place(key):
+    empty = torch.zeros(0, dtype=torch.float64)
+    some = {"a": torch.zeros(5), "none": empty, "b": torch.zeros(7)}
+    Gaussian(key).add_(some, 1.0, 0)
+    whole = {"w": torch.zeros(12)}
+    Gaussian(key).add_(whole, 1.0, 0)
+    assert torch.equal(torch.cat([some["a"], some["b"]]), whole["w"])
+    shards = {"none": torch.zeros(0), "b": torch.zeros(5)}
+    Gaussian(key).add_(shards, 1.0, 0, offsets={"none": 2, "b": 0})
+    assert torch.equal(shards["b"], whole["w"][:5])
