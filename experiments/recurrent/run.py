@@ -1,7 +1,8 @@
 """What capturing a recurrent network costs: the passes of the ghost engine against PyTorch's own.
 
 Interleaved, medians, nothing private timed: one forward and backward pass for the sum of the losses
-(PyTorch), and for inputs and output gradients of all gates, and the norms (ghost). Writes results.json beside it.
+(PyTorch), and for inputs and output gradients of all gates, and the norms (ghost). Writes
+results.json beside it.
 """
 
 from __future__ import annotations
