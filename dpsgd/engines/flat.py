@@ -32,9 +32,7 @@ class Flat:
         device: torch.device,
     ) -> Flat:
         """Returns new memory for tensors of these shapes and dtypes."""
-        sizes = dict.fromkeys(dtypes.values(), 0)
-        for name, shape in shapes.items():
-            sizes[dtypes[name]] += shape.numel()
+        sizes = _sizes(shapes, dtypes)
         blocks = {d: torch.empty(size, dtype=d, device=device) for d, size in sizes.items()}
         return cls(dtypes, blocks)
 
@@ -55,9 +53,7 @@ class Flat:
         device: torch.device,
     ) -> bool:
         """Whether it could be memory for these, and nobody holds a tensor in it any more."""
-        sizes = dict.fromkeys(dtypes.values(), 0)
-        for name, shape in shapes.items():
-            sizes[dtypes[name]] += shape.numel()
+        sizes = _sizes(shapes, dtypes)
         return (
             self._dtypes == dict(dtypes)
             and {d: block.numel() for d, block in self._blocks.items()} == sizes
@@ -72,3 +68,13 @@ class Flat:
             (torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage))
             for storage in storages
         ]
+
+
+def _sizes(
+    shapes: Mapping[str, torch.Size], dtypes: Mapping[str, torch.dtype]
+) -> dict[torch.dtype, int]:
+    """How many numbers of each dtype there are."""
+    sizes = dict.fromkeys(dtypes.values(), 0)
+    for name, shape in shapes.items():
+        sizes[dtypes[name]] += shape.numel()
+    return sizes

@@ -295,3 +295,18 @@ def test_repeated_steps_hold_no_more_and_no_more():
         gc.collect()
         counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
     assert counts[-1] <= counts[2]
+
+
+def test_a_gradient_that_comes_after_its_norm_was_settled_is_an_error(monkeypatch):
+    """It would be missing from the norm, and the sample would not be clipped enough."""
+    from dpsgd.engines.ghost.part import Part
+
+    take = Part.take
+
+    def twice(self, record):
+        take(self, record)
+        take(self, record)
+
+    monkeypatch.setattr(Part, "take", twice)
+    with pytest.raises(ValueError, match="more gradients than the forward pass made calls"):
+        Ghost(nn.Linear(3, 2).double(), squares)(torch.randn(4, 3, dtype=torch.float64))

@@ -81,6 +81,12 @@ class Part:
 
     def _take(self, use: Use) -> None:
         name = use.source.name
+        if name in self._squares:  # its norm is settled already: it would not count this gradient
+            raise ValueError(
+                f"engine=ghost cannot run this model: '{name}' got more gradients than the forward "
+                "pass made calls (a function that runs the model again in its backward pass?). Use "
+                "engine=loop."
+            )
         self._order[name] = None
         self.uses[name].append(use)
         self.routes[name][use.route()] = None

@@ -91,7 +91,7 @@ class Timings:
                 str(key): {str(name): float(value) for name, value in times.items()}
                 for key, times in found.items()
             }
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             return {}
 
 
@@ -100,6 +100,9 @@ def cache_dir() -> Path:
     named = os.environ.get("DPSGD_CACHE")
     if named:
         return Path(named)
+    home = Path(os.path.expanduser("~"))
+    if not home.is_absolute():  # a user without a home: a container, for example
+        home = Path(tempfile.gettempdir())
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "dpsgd"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpsgd"
+        return home / "Library" / "Caches" / "dpsgd"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "dpsgd"
