@@ -1,4 +1,4 @@
-"""How long the noise takes beside PyTorch's generator, interleaved; writes results.json beside it."""
+"""How long noise takes beside PyTorch's generator, in turns; writes results.json beside it."""
 
 from __future__ import annotations
 
