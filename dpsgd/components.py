@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import sys
@@ -105,6 +106,8 @@ def _check_arguments(name: str, target: Any, given: Mapping[str, Any]) -> None:
 
 def _hints(target: Any) -> dict[str, Any]:
     function = target.__init__ if inspect.isclass(target) else target
+    if dataclasses.is_dataclass(target):  # fields of a base are resolved in the base's module
+        function = target
     try:
         return typing.get_type_hints(function)
     except Exception:  # hints of a stranger's code that cannot be evaluated bind nobody

@@ -44,9 +44,10 @@ def resolve(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     config = _copy(config)
     typed = dict(_typed(overrides))
-    for pair in EXCLUSIVE:
+    solving = OmegaConf.select(config, "account.solve") is not None
+    for pair in EXCLUSIVE[1:] if solving else EXCLUSIVE:  # to solve for steps takes both of these
         _decide(config, pair, typed)
-    if "optimizer._target_" in typed and "optimizer" not in typed:
+    if "optimizer" in config and "optimizer._target_" in typed and "optimizer" not in typed:
         for key in set(config.optimizer) - _KEPT_OF_OPTIMIZER:
             if f"optimizer.{key}" not in typed:
                 del config.optimizer[key]

@@ -10,6 +10,7 @@ from torch import nn
 
 from dpsgd.data import Dataset
 from dpsgd.engines import LossFn
+from dpsgd.losses import PerUser
 from dpsgd.placement import Placement
 
 _BATCH = 1024
@@ -23,6 +24,8 @@ def evaluate(model: nn.Module, loss_fn: LossFn, data: Dataset) -> Mapping[str, f
     if data.test is None:
         return {}
     x, y = data.test
+    if isinstance(loss_fn, PerUser):  # test records have no users
+        loss_fn = loss_fn.loss_fn
     place = Placement.of(model)
     losses, hits = 0.0, 0
     with _eval_mode(model), torch.no_grad():

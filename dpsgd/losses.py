@@ -10,6 +10,7 @@ whatever the dtype of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -114,6 +115,31 @@ def causal_lm(model: Model, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
         logits.flatten(0, 1), labels.flatten().long(), reduction="none", ignore_index=IGNORED
     )
     return _mean_of_counted(losses.view_as(labels), labels != IGNORED)
+
+
+@dataclass(frozen=True)
+class PerUser:
+    """A loss per user: the mean over the user's records, so that the user is the unit of privacy.
+
+    Attributes:
+        loss_fn: The loss per record.
+    """
+
+    loss_fn: Callable[[Model, Any], Tensor]
+
+    def __call__(self, model: Model, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Returns the mean loss of each user, [B].
+
+        Args:
+            model: Sees the records one after another, [B k, ...].
+            batch: `(x, y, present)`: inputs [B, k, ...], targets [B, k, ...], and which of them are
+                records, [B, k]. A user without any has loss 0.
+        """
+        x, y, present = batch
+        losses = self.loss_fn(model, (x.flatten(0, 1), y.flatten(0, 1))).view(present.shape)
+        counted = present.bool()
+        total = torch.where(counted, losses, 0).sum(1)
+        return total / counted.sum(1).clamp(min=1)
 
 
 def _widened(output: Tensor) -> Tensor:

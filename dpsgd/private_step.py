@@ -14,6 +14,9 @@ from dpsgd.clipping import Clipping
 from dpsgd.engines import Batch, Engine
 from dpsgd.engines.flat import Flat
 from dpsgd.noise import Gaussian
+from dpsgd.schedules import CONSTANT, Schedule
+
+_STATISTIC = "(clipping statistic)"
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ class PrivateStep:
     the optimizer. A call with one batch does both.
 
     Guarantee: with add/remove adjacency, each release is a Gaussian mechanism of noise multiplier
-    `noise_multiplier` on a sum of L2 sensitivity <= C. The privacy of many releases follows from
-    how the batches are drawn (`dpsgd.sampling`, `dpsgd.accounting`). Zero noise gives none.
+    `noise_multiplier` on a vector of L2 sensitivity <= `clipping.sensitivity`: the sum and, with a
+    policy that learns its clip norm, the statistic that it learns from. The privacy of many
+    releases follows from how the batches are drawn (`dpsgd.sampling`, `dpsgd.accounting`;
+    `dpsgd.plan.PrivacyPlan` holds both together). Zero noise gives none.
 
     Args:
         engine: Any engine; its model's trainable parameters are trained.
@@ -50,6 +55,11 @@ class PrivateStep:
         noise_multiplier: noise_std / max_grad_norm, >= 0.
         expected_batch_size: The public divisor, sample_rate times the public size of the data,
             never the size of the drawn batch.
+        noise_schedule: Factors of the noise multiplier by step.
+
+    Attributes:
+        step: Number of releases so far.
+        clipping: The policy of the next release; one that learns moves with each.
 
     Raises:
         ValueError: If a number is out of range, or optimizer and model disagree.
@@ -64,6 +74,7 @@ class PrivateStep:
         noise: Gaussian,
         noise_multiplier: float,
         expected_batch_size: float,
+        noise_schedule: Schedule = CONSTANT,
     ) -> None:
         for part, kind in ((engine, Engine), (clipping, Clipping), (noise, Gaussian)):
             if not isinstance(part, kind):
@@ -81,8 +92,10 @@ class PrivateStep:
         self.noise = noise
         self.noise_multiplier = noise_multiplier
         self.expected_batch_size = expected_batch_size
+        self.noise_schedule = noise_schedule
         self.step = 0
         self._sums: dict[str, Tensor] = {}
+        self._statistic: Tensor | None = None
         self._flat: Flat | None = None
 
     def __call__(self, batch: Batch) -> Contribution:
@@ -119,11 +132,14 @@ class PrivateStep:
                 self.optimizer.zero_grad(set_to_none=True)
             _check_no_batch_statistics(self.engine.model)
             grads = self.engine(batch)
-            groups = self.clipping.groups(list(self.engine.parameters))
+            clipping = self.clipping.at(self.step)
+            groups = clipping.groups(list(self.engine.parameters))
             norms = grads.norms(groups)
-            weights = self.clipping(norms)
-            if mask is not None:
-                weights = weights * _column(mask, weights)
+            counted = _column(mask, norms)
+            weights = clipping(norms) * counted
+            statistic = clipping.statistic(norms, counted[:, 0])
+            if statistic is not None:
+                self._statistic = statistic + (0 if self._statistic is None else self._statistic)
             started = bool(self._sums)
             self._sums = self._sums or self._memory()
             grads.weighted_sum(weights, groups, out=self._sums, beta=float(started))
@@ -149,9 +165,17 @@ class PrivateStep:
         if not sums:
             self.optimizer.zero_grad(set_to_none=True)
             sums = {name: total.zero_() for name, total in self._memory().items()}
-        self._sums = {}
-        step, self.step = self.step, self.step + 1
-        self.noise.add_(sums, self.noise_multiplier * self.clipping.sensitivity, step)
+        step, clipping, statistic = self.step, self.clipping.at(self.step), self._statistic
+        if statistic is None:  # of no sample, if the policy has one
+            none = next(iter(sums.values())).new_zeros(0, 1)
+            statistic = clipping.statistic(none, none[:, 0])
+        self.discard()
+        self.step += 1
+        released = sums if statistic is None else {**sums, _STATISTIC: statistic}
+        noise_multiplier = self.noise_multiplier * self.noise_schedule(step)
+        self.noise.add_(released, noise_multiplier * clipping.sensitivity, step)
+        if statistic is not None:
+            self.clipping = clipping.learned(statistic, self.expected_batch_size)
         self.optimizer.zero_grad(set_to_none=True)  # no gradient but the private ones is stepped
         for name, p in parameters.items():
             p.grad = sums[name].div_(self.expected_batch_size).to(p.dtype)
@@ -169,7 +193,7 @@ class PrivateStep:
 
     def discard(self) -> None:
         """Forgets what has been accumulated since the last release. No noise is spent."""
-        self._sums = {}
+        self._sums, self._statistic = {}, None
 
 
 def _check_no_batch_statistics(model: nn.Module) -> None:
@@ -184,8 +208,10 @@ def _check_no_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def _column(mask: Tensor, weights: Tensor) -> Tensor:
-    """The mask as [B, 1] of 0 and 1 beside the weights [B, K]."""
+def _column(mask: Tensor | None, weights: Tensor) -> Tensor:
+    """The mask as [B, 1] of 0 and 1 beside norms or weights [B, K]; all 1 without one."""
+    if mask is None:
+        return weights.new_ones(len(weights), 1)
     if mask.shape != weights.shape[:1]:
         raise ValueError(f"Expected a mask [{len(weights)}], got {list(mask.shape)}.")
     column = mask.to(device=weights.device, dtype=weights.dtype)

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
-import torch
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 
+from dpsgd import accounting
 from dpsgd.engines import Engine
+from dpsgd.ledger import Charged
 from dpsgd.plan import PrivacyPlan
+
+_FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
 
 
 def final_report(
     plan: PrivacyPlan,
+    charged: Charged,
     engine: Engine,
     routes: Mapping[str, str],
     *,
-    max_grad_norm: float,
     steps_taken: int,
-    test: Mapping[str, float],
+    history: Sequence[Mapping[str, float]],
     seconds: float,
     interrupted: bool,
     not_private: list[str],
@@ -32,37 +36,68 @@ def final_report(
 
     Args:
         plan: The privacy plan.
+        charged: What the ledger says; epsilon follows from it.
         engine: The engine that was used.
         routes: How it gets the gradients of each parameter.
-        max_grad_norm: The clip norm.
         steps_taken: Releases made.
-        test: Results on the test set.
+        history: The public figures of the evaluated steps.
         seconds: Training time.
         interrupted: Whether training ended before the plan did.
         not_private: Reasons why the run gives no guarantee, empty if it does.
     """
+    sampler, clipping = plan.sampler, plan.clipping
+    spent = charged.releases()
+    curve = accounting.tradeoff_of(spent, plan.accountant, plan.adjacency)
+    last = history[-1] if history else {}
     return {
         "private": not not_private,
         "not_private_because": not_private,
-        "epsilon": plan.epsilon(steps_taken),
-        "delta": plan.delta,
+        "epsilon": charged.epsilon(),
+        "delta": plan.target_delta,
         "adjacency": plan.adjacency,
+        "unit": sampler.unit,
         "accountant": plan.accountant,
+        "epsilon_by_accountant": {
+            name: accounting.epsilon_of(spent, plan.target_delta, name, adjacency)
+            for adjacency, name in sampler.theorems
+            if adjacency == plan.adjacency
+        },
+        "mu": accounting.mu_of(spent, plan.target_delta, plan.accountant, plan.adjacency),
+        "true_positive_rates": {
+            str(rate): curve.true_positive_rate(rate) for rate in _FALSE_POSITIVE_RATES
+        },
         "noise_multiplier": plan.noise_multiplier,
-        "max_grad_norm": max_grad_norm,
+        "noise_schedule": {str(s): factor for s, factor in plan.noise_schedule.factors.items()},
+        "clipping": type(clipping).__name__,
+        "clipping_guarantee": clipping.guarantee,
+        "max_grad_norm": clipping.max_grad_norm,
+        "sampling": sampler.describe(),
         "sample_rate": plan.sample_rate,
         "expected_batch_size": plan.expected_batch_size,
+        "public_size": sampler.public_size,
         "steps": steps_taken,
+        "charged_steps": charged.steps,
         "planned_steps": plan.num_steps,
         "interrupted": interrupted,
-        "test": dict(test),
+        "test": {name: value for name, value in last.items() if name.startswith("test_")},
+        "history": [dict(row) for row in history],
+        "epsilon_curve": {
+            "steps": [0, *plan.curve.steps],
+            "epsilons": [0.0, *plan.curve.epsilons],
+        },
         "engine": type(engine).__name__,
         "routes": dict(routes),
         "parameters": sum(p.numel() for p in engine.parameters.values()),
         "device": str(next(iter(engine.parameters.values())).device),
         "seconds": round(seconds, 3),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the libraries that the guarantee rests on."""
+    names = ("dpsgd", "torch", "dp-accounting", "cryptography", "opacus")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def summary(report: Mapping[str, Any], where: str) -> RenderableType:
@@ -79,15 +114,29 @@ def summary(report: Mapping[str, Any], where: str) -> RenderableType:
     table.add_row(
         "guarantee",
         f"epsilon {report['epsilon']:.3f}, delta {report['delta']:g} "
-        f"({report['adjacency'].replace('_', '/')}, {report['accountant'].upper()})",
+        f"({accounting.neighbouring(report['adjacency'], report['unit'])}, "
+        f"{report['accountant'].upper()})",
+    )
+    if "sweep" in report:
+        sweep = report["sweep"]
+        table.add_row(
+            "of the sweep",
+            f"epsilon {sweep['epsilon']:.3f}, delta {sweep['delta']:g}: the guarantee of a run "
+            f"that was chosen for its result ({sweep['accounting']})",
+        )
+    table.add_row(
+        "in plain words",
+        f"an attack that falsely accuses 1 in 100 finds at most "
+        f"{report['true_positive_rates']['0.01']:.1%} of the {report['unit']}s that were used",
     )
     table.add_row(
         "noise",
-        f"multiplier {report['noise_multiplier']:.4g}, clip norm {report['max_grad_norm']:g}",
+        f"multiplier {report['noise_multiplier']:.4g}, clip norm {report['max_grad_norm']:g} "
+        f"({report['clipping']})",
     )
     table.add_row(
         "sampling",
-        f"Poisson, rate {report['sample_rate']:.4g}, "
+        f"{report['sampling']['sampler'].replace('_', ' ')}, rate {report['sample_rate']:.4g}, "
         f"expected batch {report['expected_batch_size']:.1f}",
     )
     steps = f"{report['steps']} of {report['planned_steps']}"

@@ -10,10 +10,16 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from dpsgd import rng
+from dpsgd.ledger import Charged, Ledger, read
+
 MODEL = "model.safetensors"
 CONFIG = "config.yaml"
 REPORT = "report.json"
 METRICS = "metrics.jsonl"
+LEDGER = "ledger.jsonl"
+LEDGER_KEY = "ledger_key"
+KEY = "key"
 
 
 class Run(NamedTuple):
@@ -33,8 +39,9 @@ class Run(NamedTuple):
 class RunDirectory:
     """Creates and fills `runs/<name>/`.
 
-    Public: config.yaml, metrics.jsonl, tensorboard/, model.safetensors, report.json. Private, mode
-    0700: private/, with the key (0600) until the run ends and diagnostics if they were asked for.
+    Public: config.yaml, metrics.jsonl, ledger.jsonl, tensorboard/, model.safetensors, report.json.
+    Private, mode 0700: private/, with the key (0600) until the run ends, the ledger's own key, and
+    diagnostics if they were asked for.
 
     Raises:
         ValueError: If the directory holds a run already, or cannot be written.
@@ -59,9 +66,13 @@ class RunDirectory:
 
     def keep_key(self, key: bytes) -> None:
         """Stores the run's key where only its owner can read it."""
-        descriptor = os.open(self._key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(key.hex())
+        _write_secret(self._key, key)
+
+    def ledger(self, key: bytes, plan: Mapping[str, Any]) -> Ledger:
+        """Returns a new ledger.jsonl, its own key kept in private/: it reveals no noise."""
+        derived = rng.derive(key, "ledger")
+        _write_secret(self.private / LEDGER_KEY, derived)
+        return Ledger(self.path / LEDGER, derived, plan)
 
     def destroy_key(self) -> None:
         """Overwrites and removes the key: without it, nobody can subtract the noise."""
@@ -83,13 +94,41 @@ class RunDirectory:
         save_model(model, str(self.path / MODEL))
         (self.path / MODEL).chmod((self.path / CONFIG).stat().st_mode & 0o666)
 
-    def save_report(self, report: Mapping[str, Any]) -> None:
-        """Writes report.json."""
-        (self.path / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
     @property
     def _key(self) -> Path:
-        return self.private / "key"
+        return self.private / KEY
+
+
+def write_report(path: Path, report: Mapping[str, Any], config: str) -> None:
+    """Writes report.json of a run.
+
+    Args:
+        path: The run's directory.
+        report: The final report.
+        config: The resolved configuration as YAML, without a key.
+    """
+    (path / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def charged(path: str | Path) -> Charged:
+    """Returns what the ledger of a run directory says, verified if its key is still there.
+
+    Raises:
+        ValueError: If there is no ledger, or it is damaged or was edited.
+    """
+    folder = Path(path).expanduser()
+    secret = folder / "private" / LEDGER_KEY
+    try:
+        key = bytes.fromhex(secret.read_text(encoding="utf-8")) if secret.exists() else None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Expected a readable key in '{secret}'.") from error
+    return read(folder / LEDGER, key)
+
+
+def _write_secret(path: Path, key: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(key.hex())
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

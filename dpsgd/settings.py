@@ -14,6 +14,7 @@ class Privacy:
     noise_multiplier: float | None = None
     target_delta: float = 1e-5
     adjacency: str = "add_remove"
+    noise_schedule: Any = None
     key: str | None = None
 
 
@@ -64,6 +65,24 @@ class Bench:
 
 
 @dataclass
+class Sweep:
+    """`sweep.*`."""
+
+    kind: str = "grid"
+    over: Any = None
+    mean: float = 1.0
+    shape: float = 0.0
+
+
+@dataclass
+class Account:
+    """`account.*`."""
+
+    solve: str | None = None
+    plot: str | None = None
+
+
+@dataclass
 class Scalars:
     """The top-level scalars."""
 
@@ -71,6 +90,7 @@ class Scalars:
     dtype: str = "float32"
     seed: int = 0
     debug: bool = False
+    ledger: str | None = None
 
 
 SECTIONS: dict[str, type] = {
@@ -78,6 +98,8 @@ SECTIONS: dict[str, type] = {
     "trainer": Training,
     "logger": Logging,
     "accountant": Accountant,
+    "account": Account,
+    "sweep": Sweep,
     "run": Run,
     "bench": Bench,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,14 +9,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dpsgd.data import Dataset
+from dpsgd import rng
+from dpsgd.data import Dataset, Users
 from dpsgd.engines import Batch
 from dpsgd.engines.batch import map_tensors
 from dpsgd.evaluate import evaluate
+from dpsgd.ledger import Ledger
+from dpsgd.losses import PerUser
 from dpsgd.placement import Placement
 from dpsgd.plan import PrivacyPlan
 from dpsgd.private_step import Contribution, PrivateStep
-from dpsgd.sampling import Poisson
+from dpsgd.sampling import Sampler, UserPoisson
 
 
 @dataclass(frozen=True)
@@ -41,28 +43,27 @@ class StepReport:
 
 
 class Trainer:
-    """Runs a privacy plan: num_steps releases over Poisson samples of the data.
+    """Runs a privacy plan: num_steps releases over samples of the data.
 
     A logical batch is split into physical batches of a fixed size; the last one is padded and
-    masked, so the result does not depend on the physical batch size.
+    masked, so the result does not depend on the physical batch size. Before a step draws a unit,
+    its budget is checked and its charge is in the ledger.
 
     Args:
-        step: The private step, its model in train mode.
-        sampler: Draws the records of each step.
+        step: The private step, its model in train mode, its figures those of the plan.
         data: Training records, and test records to evaluate on.
-        plan: What is accounted for. Sampler and step must be what it says.
+        plan: What is sampled, released and accounted for.
         physical_batch_size: Rows in memory at once.
         evaluate_every: Steps between evaluations on the test records; the last step always is.
 
     Raises:
-        ValueError: If the plan contradicts sampler or step, the model is in eval mode, or a size is
-            not positive.
+        ValueError: If the plan contradicts the step, the model is in eval mode, a size is not
+            positive, or the data is not what the sampler needs.
     """
 
     def __init__(
         self,
         step: PrivateStep,
-        sampler: Poisson,
         data: Dataset,
         plan: PrivacyPlan,
         *,
@@ -71,51 +72,72 @@ class Trainer:
     ) -> None:
         if physical_batch_size < 1:
             raise ValueError(f"Expected physical_batch_size >= 1, got {physical_batch_size}.")
-        if not isinstance(sampler, Poisson):
-            raise ValueError(
-                f"Expected a Poisson sampler, which is what the plan accounts for, got "
-                f"{type(sampler).__name__}."
-            )
         if evaluate_every < 1:
             raise ValueError(f"Expected evaluate_every >= 1, got {evaluate_every}.")
         if not step.engine.model.training:
             raise ValueError("Expected the model in train mode, got eval mode: call model.train().")
-        _check_plan(plan, step, sampler)
+        _check_plan(plan, step)
+        _check_size(plan.sampler, data)
         self.step = step
-        self.sampler = sampler
-        self.data = data
         self.plan = plan
         self.physical_batch_size = physical_batch_size
         self.evaluate_every = evaluate_every
+        self.draw_from(data)
+        if isinstance(plan.sampler, UserPoisson) != isinstance(step.engine.loss_fn, PerUser):
+            raise ValueError(
+                "Expected a loss per user for user-level sampling, and only for it: "
+                "dpsgd.losses.PerUser(loss_fn)."
+            )
 
-    def run(self) -> Iterator[StepReport]:
+    def draw_from(self, data: Dataset) -> None:
+        """Draws from these records from now on, whatever their number (for tests and audits)."""
+        self.data = data
+        self._users: Users | None = None
+        sampler = self.plan.sampler
+        if isinstance(sampler, UserPoisson):
+            key = rng.derive(sampler.key, "records of users")
+            self._users = Users(data, sampler.records_per_user, key)
+
+    def run(self, ledger: Ledger | None = None) -> Iterator[StepReport]:
         """Yields a report after each step; ends at the plan's last step, its budget.
 
-        Leaving the loop early, by an exception or Ctrl-C, discards the unfinished step.
+        Leaving the loop early, by an exception or Ctrl-C, discards the unfinished step; it stays
+        charged in the ledger.
+
+        Args:
+            ledger: Where each step is charged before it draws.
         """
         try:
             while self.step.step < self.plan.num_steps:  # whoever else releases is counted too
-                private = self._take(self.step.step)
+                number = self.step.step
+                if ledger is not None:
+                    ledger.intend(number, self.plan.noise_at(number))
+                private = self._take(number)
                 yield self._report(self.step.step, private)
         finally:
             self.step.discard()
 
     def _take(self, number: int) -> Mapping[str, float]:
-        drawn = self.sampler.sample(number, len(self.data))
-        assert not len(drawn) or bool((drawn.diff() > 0).all()), "a record was drawn twice"
+        units = self.data if self._users is None else self._users
+        drawn = self.plan.sampler.sample(number, len(units))
+        assert not len(drawn) or bool((drawn.diff() > 0).all()), "a unit was drawn twice"
         place = Placement.of(self.step.engine.model)
         contributions = [
             self.step.accumulate(place.batch(batch), mask.to(place.device))
-            for batch, mask in self._physical_batches(drawn)
+            for batch, mask in self._physical_batches(drawn, number)
         ]
         self.step.release()
         return _diagnostics(contributions, len(drawn))
 
-    def _physical_batches(self, drawn: Tensor) -> Iterator[tuple[Batch, Tensor]]:
-        public_size = self.plan.expected_batch_size / self.plan.sample_rate
-        size = min(self.physical_batch_size, math.ceil(public_size))
-        for part in drawn.split(size) if len(drawn) else ():
-            batch = self.data.take(part)
+    def _physical_batches(self, drawn: Tensor, number: int) -> Iterator[tuple[Batch, Tensor]]:
+        size = min(self.physical_batch_size, self.plan.sampler.largest_batch())
+        users = self._users
+        rows, present = (drawn, None) if users is None else users.choose(drawn, number)
+        for part in torch.arange(len(drawn)).split(size) if len(drawn) else ():
+            if users is None or present is None:
+                batch: Batch = self.data.take(rows[part])
+            else:
+                batch = users.take(rows[part], present[part])
             missing = size - len(part)
             mask = torch.arange(size) < len(part)
             yield map_tensors(partial(_pad, rows=missing), batch), mask
@@ -125,7 +147,7 @@ class Trainer:
         engine = self.step.engine
         return StepReport(
             step=step,
-            epsilon=self.plan.epsilon(step),
+            epsilon=self.plan.spent(step),
             learning_rate=self.step.optimizer.param_groups[0]["lr"],
             test=evaluate(engine.model, engine.loss_fn, self.data) if due else {},
             private=private,
@@ -137,14 +159,28 @@ def _pad(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros((rows, *tensor.shape[1:]))]) if rows else tensor
 
 
-def _check_plan(plan: PrivacyPlan, step: PrivateStep, sampler: Poisson) -> None:
+def _check_plan(plan: PrivacyPlan, step: PrivateStep) -> None:
     for name, planned, actual in (
-        ("sample_rate", plan.sample_rate, sampler.sample_rate),
         ("noise_multiplier", plan.noise_multiplier, step.noise_multiplier),
+        ("noise_schedule", plan.noise_schedule, step.noise_schedule),
         ("expected_batch_size", plan.expected_batch_size, step.expected_batch_size),
+        ("clipping", plan.clipping, step.clipping),
     ):
         if planned != actual:
-            raise ValueError(f"Expected {name}={planned} as in the privacy plan, got {actual}.")
+            raise ValueError(
+                f"Expected {name}={planned} as in the privacy plan, got {actual}. "
+                "plan.private_step(engine, optimizer, noise) makes a step that agrees."
+            )
+
+
+def _check_size(sampler: Sampler, data: Dataset) -> None:
+    """Raises if the guarantee needs the declared size to be the true one, and it is not."""
+    if sampler.size_is_public and len(data) != sampler.public_size:
+        raise ValueError(
+            f"Expected as many training records as declared (public_size={sampler.public_size}) "
+            f"for {type(sampler).__name__} sampling, whose guarantee rests on it, got another "
+            "number. Declare the true number, or use sampler=poisson."
+        )
 
 
 def _diagnostics(contributions: list[Contribution], drawn: int) -> Mapping[str, float]:

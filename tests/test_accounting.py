@@ -133,7 +133,7 @@ def test_hardly_any_noise_is_accounted_in_bounded_memory(noise, rate):
 
 
 def test_the_curve_never_understates():
-    curve = accounting.curve(**BASE)
+    curve = accounting.Curve(lambda n: accounting.epsilon(**{**BASE, "num_steps": n}), 100)
     assert curve(0) == 0
     assert curve(100) == accounting.epsilon(**BASE)
     for step in (1, 7, 33, 99):

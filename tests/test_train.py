@@ -58,6 +58,7 @@ def test_a_run_leaves_what_it_promises(finished):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.yaml",
+        "ledger.jsonl",
         "metrics.jsonl",
         "model.safetensors",
         "private",
@@ -267,7 +268,7 @@ def test_tensors_of_the_users_own_without_a_test_set(tmp_path):
         (["model=lstm", "engine=hooks"], "No rule for these trainable parameters"),
         (["model.init_from=no.safetensors"], "no.safetensors"),
         (["trainer.physical_batch_size=0"], "physical_batch_size"),
-        (["sampler.public_size=null"], "public size"),
+        (["sampler.public_size=null"], "public_size"),
         (["privacy.noise_multiplier=1e-9"], "epsilon"),
         (["clipping.max_grad_norm=1e39"], "max_grad_norm"),
         (["sampler._target_=torch.nn.Identity"], "Identity"),

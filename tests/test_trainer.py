@@ -1,11 +1,15 @@
 """The training loop."""
 
+import dataclasses
+
 import pytest
 import torch
 import worlds
 
-from dpsgd import checks, engines
+from dpsgd import checks, clipping, engines
 from dpsgd.plan import PrivacyPlan, steps_for
+from dpsgd.sampling import Poisson
+from dpsgd.schedules import Schedule
 from dpsgd.trainer import Trainer
 
 
@@ -42,7 +46,7 @@ def test_training_ends_at_the_budget():
     assert len(noise.released) == 4
     epsilons = [report.epsilon for report in reports]
     assert epsilons == sorted(epsilons)
-    assert epsilons[-1] == trainer.plan.epsilon_bound()
+    assert epsilons[-1] == trainer.plan.epsilon()
 
 
 def test_leaving_the_loop_early_spends_no_more_than_was_released():
@@ -67,7 +71,7 @@ def test_eval_mode_is_refused():
     trainer, _ = worlds.trainer(worlds.vectors, engines.Vmap, torch.float32)
     trainer.step.engine.model.eval()
     with pytest.raises(ValueError, match="train mode"):
-        Trainer(trainer.step, trainer.sampler, trainer.data, trainer.plan, physical_batch_size=2)
+        Trainer(trainer.step, trainer.data, trainer.plan, physical_batch_size=2)
 
 
 def test_evaluation_leaves_the_model_in_train_mode():
@@ -94,18 +98,20 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     assert not modes[-1]
 
 
-@pytest.mark.parametrize("field", ["sample_rate", "noise_multiplier", "expected_batch_size"])
-def test_a_plan_that_contradicts_step_or_sampler_is_refused(field):
+CONTRADICTIONS = {
+    "noise_multiplier": {"noise_multiplier": 0.9},
+    "noise_schedule": {"noise_schedule": Schedule({0: 1.0, 1: 2.0})},
+    "expected_batch_size": {"sampler": Poisson(sample_rate=0.5, public_size=12)},
+    "clipping": {"clipping": clipping.Flat(2.0)},
+}
+
+
+@pytest.mark.parametrize("field", CONTRADICTIONS)
+def test_a_plan_that_contradicts_the_step_is_refused(field):
     trainer, _ = worlds.trainer(worlds.vectors, engines.Vmap, torch.float32)
-    changed = {**vars(trainer.plan), field: 0.123}
-    with pytest.raises(ValueError, match=f"{field}=0.123"):
-        Trainer(
-            trainer.step,
-            trainer.sampler,
-            trainer.data,
-            PrivacyPlan(**changed),
-            physical_batch_size=2,
-        )
+    plan = dataclasses.replace(trainer.plan, **CONTRADICTIONS[field])
+    with pytest.raises(ValueError, match=f"Expected {field}="):
+        Trainer(trainer.step, trainer.data, plan, physical_batch_size=2)
 
 
 @pytest.mark.parametrize("setting", ["physical_batch_size", "evaluate_every"])
@@ -113,7 +119,7 @@ def test_sizes_must_be_positive(setting):
     trainer, _ = worlds.trainer(worlds.vectors, engines.Vmap, torch.float32)
     sizes = {"physical_batch_size": 2, "evaluate_every": 2, setting: 0}
     with pytest.raises(ValueError, match=setting):
-        Trainer(trainer.step, trainer.sampler, trainer.data, trainer.plan, **sizes)
+        Trainer(trainer.step, trainer.data, trainer.plan, **sizes)
 
 
 def test_no_fraction_of_an_epoch_is_lost():
@@ -126,28 +132,32 @@ def test_no_fraction_of_an_epoch_is_lost():
 
 def test_a_plan_without_noise_or_steps_is_refused():
     good = {
-        "sample_rate": 0.1,
-        "expected_batch_size": 10.0,
+        "sampler": Poisson(sample_rate=0.1, public_size=100),
+        "clipping": clipping.Flat(1.0),
         "num_steps": 5,
         "noise_multiplier": 1.0,
-        "delta": 1e-5,
+        "target_delta": 1e-5,
     }
     for change, words in (
         ({"noise_multiplier": 0.0}, "Without noise"),
         ({"num_steps": 0}, "num_steps"),
-        ({"sample_rate": 0.0}, "sample_rate"),
-        ({"delta": 0.0}, "delta"),
+        ({"num_steps": 2.5}, "num_steps"),
+        ({"sampler": Poisson(sample_rate=0.1)}, "public_size"),
+        ({"target_delta": 0.0}, "delta"),
+        ({"target_delta": 0.01}, "random record"),
+        ({"noise_multiplier": 1e-4}, "infinite"),
     ):
         with pytest.raises(ValueError, match=words):
             PrivacyPlan(**{**good, **change})
 
 
 def test_a_plan_made_for_a_target_does_not_exceed_it():
+    sampler = Poisson(sample_rate=0.1, public_size=100)
     plan = PrivacyPlan.make(
-        sample_rate=0.1, expected_batch_size=10.0, num_steps=20, delta=1e-5, target_epsilon=2.0
+        sampler, clipping.Flat(1.0), num_steps=20, target_delta=1e-5, target_epsilon=2.0
     )
-    assert 1.99 < plan.epsilon_bound() <= 2.0
-    assert plan.epsilon(20) == plan.epsilon_bound()
+    assert 1.99 < plan.epsilon() <= 2.0
+    assert plan.spent(20) == plan.epsilon()
 
 
 @pytest.mark.parametrize("engine", [engines.Hooks, engines.Opacus])

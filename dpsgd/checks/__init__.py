@@ -10,7 +10,7 @@ from dpsgd.checks.dropout import without_dropout
 from dpsgd.checks.independence import check_independence
 from dpsgd.checks.preflight import Preflight, preflight
 from dpsgd.checks.state import check_runs, check_unchanged_state
-from dpsgd.checks.synthetic import synthetic_batch
+from dpsgd.checks.synthetic import synthetic_batch, synthetic_users
 
 __all__ = [
     "Preflight",
@@ -23,6 +23,7 @@ __all__ = [
     "relative_gap",
     "replace_batch_norm",
     "synthetic_batch",
+    "synthetic_users",
     "tolerance",
     "without_dropout",
 ]

@@ -29,3 +29,17 @@ def synthetic_batch(data: Dataset, size: int, *, padded: bool = True) -> Batch:
         if data.num_classes is not None:
             y = torch.randint(data.num_classes, y.shape, dtype=targets.dtype)
     return x, y
+
+
+def synthetic_users(data: Dataset, size: int, records_per_user: int) -> Batch:
+    """Returns a random batch (x, y, present) of users, the first without a record or two.
+
+    Args:
+        data: What is declared.
+        size: B, the number of users.
+        records_per_user: k.
+    """
+    x, y = synthetic_batch(data, size * records_per_user)
+    present = torch.ones(size, records_per_user, dtype=torch.bool)
+    present[0, 1:] = False
+    return *(t.unflatten(0, (size, records_per_user)) for t in (x, y)), present

@@ -6,5 +6,6 @@ from dpsgd.data.hf import huggingface
 from dpsgd.data.schema import Schema
 from dpsgd.data.synthetic import synthetic
 from dpsgd.data.tensors import tensors
+from dpsgd.data.users import Users
 
-__all__ = ["Dataset", "Schema", "digits", "huggingface", "synthetic", "tensors"]
+__all__ = ["Dataset", "Schema", "Users", "digits", "huggingface", "synthetic", "tensors"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dpsgd.data.schema import Records, Schema
@@ -24,6 +25,7 @@ class Dataset:
             under add/remove adjacency the true number is private; the two need not be equal.
         vocab_size: Number of tokens, inputs being int64 ids in 0..vocab_size-1; None for floating
             inputs.
+        users: Whose each training record is, [N] int64 of any values, for user-level sampling.
 
     Raises:
         ValueError: If a declaration is not positive or records do not match the declarations.
@@ -35,6 +37,7 @@ class Dataset:
     num_classes: int | None
     public_size: int
     vocab_size: int | None = None
+    users: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         schema = Schema(self.input_shape, self.num_classes, self.vocab_size)
@@ -48,6 +51,12 @@ class Dataset:
         schema.check(self.train, "training")
         if self.test is not None:
             schema.check(self.test, "test")
+        users = self.users
+        if users is not None and (users.dtype != torch.int64 or users.shape != (len(self),)):
+            raise ValueError(
+                "Expected users as one int64 per training record, got "
+                f"{users.dtype} {list(users.shape)}."
+            )
 
     def __len__(self) -> int:
         """Returns N, the true number of training records, which is private."""

@@ -24,6 +24,7 @@ def synthetic(
     vocab_size: int | None = None,
     signal: float = 1.0,
     seed: int = 0,
+    num_users: int | None = None,
 ) -> Dataset:
     """Returns records whose labels can be predicted from their inputs, uniform over the classes.
 
@@ -44,6 +45,8 @@ def synthetic(
         signal: Standard deviation of the prototypes, in units of the noise for images and vectors,
             in nats of log probability for tokens. 0 leaves nothing to learn.
         seed: Seed of the data.
+        num_users: Number of users that the training records belong to, each to one at random; None
+            for records without users.
 
     Raises:
         ValueError: If an argument is out of range or does not go with the kind.
@@ -57,11 +60,16 @@ def synthetic(
         raise ValueError(
             f"Expected num_train >= 1 and num_test >= 0, got {num_train} and {num_test}."
         )
+    if num_users is not None and num_users < 1:
+        raise ValueError(f"Expected num_users >= 1 or null, got {num_users}.")
     if signal < 0:
         raise ValueError(f"Expected signal >= 0, got {signal}.")
     generator = Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_train + num_test,), generator=generator)
     inputs = _SOURCES[kind](schema, labels, num_classes, signal, generator)
+    users = None
+    if num_users is not None:
+        users = torch.randint(num_users, (num_train,), generator=generator)
     return Dataset(
         train=(inputs[:num_train], labels[:num_train]),
         test=(inputs[num_train:], labels[num_train:]) if num_test else None,
@@ -69,6 +77,7 @@ def synthetic(
         num_classes=num_classes,
         public_size=public_size,
         vocab_size=vocab_size,
+        users=users,
     )
 
 

@@ -26,6 +26,8 @@ def tensors(
 ) -> Dataset:
     """Returns the records of a file: tensors `x` and `y`, and perhaps `x_test` and `y_test`.
 
+    Integers `users` [N] in the file say whose each training record is, for user-level sampling.
+
     Inputs [N, ...] may come in any shape that fits `input_shape`; they become float32, or int64 if
     they are token ids, and are not scaled. No code in the file is ever run: pickled objects are
     refused.
@@ -62,6 +64,7 @@ def tensors(
         num_classes=num_classes,
         public_size=public_size,
         vocab_size=vocab_size,
+        users=loaded["users"].long() if "users" in loaded else None,
     )
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from dpsgd import PrivateStep, accounting, checks, clipping, engines
 from dpsgd.noise import Gaussian
+from dpsgd.plan import PrivacyPlan
 from dpsgd.sampling import Poisson
-from dpsgd.trainer import Trainer
 
 
 def make(model, **changes):
@@ -76,9 +76,8 @@ def test_another_sampler_than_the_accounted_one_is_refused():
         def sample(self, step, stop, start=0):
             return torch.arange(10)
 
-    trainer, _ = worlds.trainer(worlds.vectors, engines.Hooks, torch.float32)
-    with pytest.raises(ValueError, match="Expected a Poisson sampler"):
-        Trainer(trainer.step, Everyone(), trainer.data, trainer.plan, physical_batch_size=2)
+    with pytest.raises(ValueError, match="Expected a Sampler, got Everyone"):
+        PrivacyPlan(Everyone(), clipping.Flat(1.0), 1, 1.0, 1e-5)
 
 
 def test_no_gradient_but_the_private_ones_is_stepped():

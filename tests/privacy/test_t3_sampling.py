@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpsgd import engines, sampling
-from dpsgd.sampling import Poisson
+from dpsgd import engines
+from dpsgd.sampling import Poisson, poisson
 
 
 def inclusions(q, records, steps, key=None):
@@ -93,7 +93,7 @@ def test_an_appended_record_moves_nobody_elses_coin(q, records, more):
 
 
 def test_ranges_agree_across_blocks(monkeypatch):
-    monkeypatch.setattr(sampling, "_BLOCK", 64)
+    monkeypatch.setattr(poisson, "_BLOCK", 64)
     sampler = Poisson(sample_rate=0.3, key=bytes(32))
     whole = sampler.sample(1, 1000)
     parts = [sampler.sample(1, b, a) for a, b in ((0, 63), (63, 64), (64, 500), (500, 1000))]
@@ -113,13 +113,13 @@ def test_empty_batches_happen_and_are_noised_stepped_and_charged():
     trainer, noise = worlds.trainer(
         worlds.vectors, engines.Vmap, torch.float32, rate=0.02, steps=20
     )
-    sizes = [len(trainer.sampler.sample(step, worlds.SIZE)) for step in range(20)]
+    sizes = [len(trainer.plan.sampler.sample(step, worlds.SIZE)) for step in range(20)]
     assert 0 in sizes
     before = [p.detach().clone() for p in trainer.step.engine.model.parameters()]
     reports = list(trainer.run())
     assert len(noise.released) == 20
     assert [report.step for report in reports] == list(range(1, 21))
-    assert reports[-1].epsilon == pytest.approx(trainer.plan.epsilon_bound())
+    assert reports[-1].epsilon == pytest.approx(trainer.plan.epsilon())
     after = trainer.step.engine.model.parameters()
     assert all(not torch.equal(p, q) for p, q in zip(before, after))
 

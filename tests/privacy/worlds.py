@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dpsgd import PrivateStep, clipping, losses
+from dpsgd import clipping, losses
 from dpsgd.data import Dataset
 from dpsgd.noise import Gaussian
 from dpsgd.plan import PrivacyPlan
@@ -57,28 +57,43 @@ def tokens():
     )
 
 
-def trainer(build, engine, dtype, extra=(), *, rate=1.0, steps=1, noise_multiplier=0.5, physical=5):
+def trainer(
+    build,
+    engine,
+    dtype,
+    extra=(),
+    *,
+    rate=1.0,
+    steps=1,
+    noise_multiplier=0.5,
+    physical=5,
+    policy=None,
+    sampler=None,
+    users=None,
+    **options,
+):
     """A trainer over SIZE records plus the extra ones, and the noise that records its releases."""
     torch.manual_seed(0)
     model, schema, x = build()
     model = model.to(dtype)
     y = torch.arange(SIZE) % 4
-    data = Dataset((x, y), None, public_size=SIZE, **schema)
-    for record, label in extra:  # after the input check
+    data = Dataset((x, y), None, public_size=SIZE, users=users, **schema)
+    noise = Recorded(KEY)
+    plan = PrivacyPlan(
+        sampler or Poisson(sample_rate=rate, public_size=SIZE, key=KEY),
+        policy or clipping.Flat(1.0),
+        steps,
+        noise_multiplier,
+        1e-5,
+        **{"accountant": "rdp", **options},
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = plan.private_step(engine(model, losses.cross_entropy), optimizer, noise)
+    made = Trainer(step, data, plan, physical_batch_size=physical)
+    for record, label in extra:  # after all checks
         together = torch.cat([data.train[0], record[None]]), torch.cat([data.train[1], label[None]])
         object.__setattr__(data, "train", together)
-    noise = Recorded(KEY)
-    sampler = Poisson(sample_rate=rate, public_size=SIZE, key=KEY)
-    plan = PrivacyPlan(rate, rate * SIZE, steps, noise_multiplier, 1e-5, accountant="rdp")
-    step = PrivateStep(
-        engine(model, losses.cross_entropy),
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        clipping=clipping.Flat(1.0),
-        noise=noise,
-        noise_multiplier=noise_multiplier,
-        expected_batch_size=rate * SIZE,
-    )
-    return Trainer(step, sampler, data, plan, physical_batch_size=physical), noise
+    return made, noise
 
 
 def moved(first, second):

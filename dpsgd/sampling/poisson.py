@@ -1,21 +1,24 @@
-"""Samplers: which records join a step."""
+"""Poisson sampling: a coin for every record."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dpsgd import rng
+from dpsgd.accounting.releases import NoiseRuns, Releases, poisson_releases
+from dpsgd.sampling.base import Sampler, Theorems
 
 _BLOCK = 1 << 20
 _SLACK = 8.0
 
 
 @dataclass(frozen=True)
-class Poisson:
+class Poisson(Sampler):
     """Each record joins each step independently with probability q; batches vary in size.
 
     A record's coin is a function of (key, step, position of the record) alone: no physical batch
@@ -30,44 +33,11 @@ class Poisson:
         key: 32 secret bytes, by default fresh ones from the operating system.
     """
 
-    sample_rate: float | None = None
-    expected_batch_size: float | None = None
-    public_size: int | None = None
-    key: bytes = field(default_factory=rng.fresh_key, repr=False)
-
-    def __post_init__(self) -> None:
-        """Works out the missing one of sample_rate and expected_batch_size.
-
-        Raises:
-            ValueError: If not exactly one of them is given, or a value is out of range.
-        """
-        rng.check_key(self.key)
-        if self.public_size is not None and not self.public_size >= 1:
-            raise ValueError(f"Expected public_size >= 1, got {self.public_size}.")
-        if (self.sample_rate is None) == (self.expected_batch_size is None):
-            raise ValueError(
-                "Expected either sample_rate or expected_batch_size, got "
-                f"{'neither' if self.sample_rate is None else 'both'}."
-            )
-        if self.sample_rate is None:
-            self._derive_rate()
-        elif not 0 < self.sample_rate <= 1:
-            raise ValueError(f"Expected 0 < sample_rate <= 1, got {self.sample_rate}.")
-        elif self.public_size is not None:
-            object.__setattr__(self, "expected_batch_size", self.sample_rate * self.public_size)
-
-    def __reduce__(self) -> str:
-        raise ValueError("Expected a sampler to stay in its process: a pickle would hold its key.")
-
-    def _derive_rate(self) -> None:
-        expected, size = self.expected_batch_size, self.public_size
-        if size is None:
-            raise ValueError("Expected public_size beside expected_batch_size, got None.")
-        if expected is None or not 0 < expected <= size:
-            raise ValueError(
-                f"Expected 0 < expected_batch_size <= public_size = {size}, got {expected}."
-            )
-        object.__setattr__(self, "sample_rate", expected / size)
+    theorems: ClassVar[Theorems] = {
+        ("add_remove", "pld"): 1.0,
+        ("add_remove", "rdp"): 1.0,
+        ("replace_one", "pld"): 2.0,
+    }
 
     def sample(self, step: int, stop: int, start: int = 0) -> Tensor:
         """Returns the positions in [start, stop) of the records drawn in a step, ascending int64.
@@ -91,8 +61,7 @@ class Poisson:
 
         P(gap >= k) = (1 - q)^k = P(U <= (1 - q)^k), so the gap is floor(log U / log(1 - q)).
         """
-        q = self.sample_rate
-        assert q is not None
+        q = self.rate
         if q == 1:
             return torch.arange(size)
         expected = q * size
@@ -106,3 +75,11 @@ class Poisson:
             reached, used = float(positions[-1]), used + count
         positions = torch.cat(parts)
         return positions[positions < size].to(torch.int64)
+
+    def releases(self, noise: NoiseRuns) -> Releases:
+        """Returns one Poisson-sampled Gaussian per step."""
+        return poisson_releases(self.rate, noise)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the name and the rate."""
+        return {"sampler": "poisson", "sample_rate": self.rate}
