@@ -99,7 +99,7 @@ def table(measured: Mapping[str, Mapping[str, Any]]) -> str:
             f"{must or '-'} / {stretch}",
             f"{memory:.2f}x",
             "refuses" if opacus is None else f"{opacus[1]:.2f} ({opacus[0][7:]})",
-            "-" if faster is None else f"{faster:.1f}x" + (f" ({rival})" if rival else ""),
+            "-" if faster is None else f"{faster:.2f}x" + (f" ({rival})" if rival else ""),
             *(_ratio(rows, system) for system in ("hooks", "vmap", "vmap-compile")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
