@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-gpu lint bench digits clean
+.PHONY: help train test test-all test-gpu mutations audit lint bench digits clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +34,12 @@ test-all: $(STAMP)  ## the tests, slow ones and Hugging Face models included
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+mutations: $(STAMP)  ## plant privacy bugs one at a time; the test of each must fail (ARGS=noise)
+	$(BIN)/python tests/mutations/run.py $(ARGS)
+
+audit: $(STAMP)  ## try to break the privacy of a configuration (ARGS="engine=vmap ...")
+	$(BIN)/python -m dpsgd.audit $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ from dpsgd.ledger import Charged, Ledger, read
 MODEL = "model.safetensors"
 CONFIG = "config.yaml"
 REPORT = "report.json"
+PAGE = "report.html"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
 LEDGER_KEY = "ledger_key"
@@ -39,7 +40,8 @@ class Run(NamedTuple):
 class RunDirectory:
     """Creates and fills `runs/<name>/`.
 
-    Public: config.yaml, metrics.jsonl, ledger.jsonl, tensorboard/, model.safetensors, report.json.
+    Public: config.yaml, metrics.jsonl, ledger.jsonl, tensorboard/, model.safetensors, report.json
+    and report.html.
     Private, mode 0700: private/, with the key (0600) until the run ends, the ledger's own key, and
     diagnostics if they were asked for.
 
@@ -100,14 +102,17 @@ class RunDirectory:
 
 
 def write_report(path: Path, report: Mapping[str, Any], config: str) -> None:
-    """Writes report.json of a run.
+    """Writes report.json and report.html of a run.
 
     Args:
         path: The run's directory.
         report: The final report.
         config: The resolved configuration as YAML, without a key.
     """
+    from dpsgd.report_html import html_report
+
     (path / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (path / PAGE).write_text(html_report(report, config), encoding="utf-8")
 
 
 def charged(path: str | Path) -> Charged:

@@ -62,6 +62,7 @@ def test_a_run_leaves_what_it_promises(finished):
         "metrics.jsonl",
         "model.safetensors",
         "private",
+        "report.html",
         "report.json",
         "tensorboard",
     }

@@ -1,0 +1,319 @@
+"""Privacy bugs, each a change of a line or two of the package, and the test that notices it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """A bug.
+
+    Attributes:
+        name: What goes wrong, in words.
+        file: Where, below `dpsgd/`.
+        before: The right code, which occurs once.
+        after: The wrong code.
+        test: The test that must fail.
+    """
+
+    name: str
+    file: str
+    before: str
+    after: str
+    test: str
+
+
+T1 = "tests/privacy/test_t1_sensitivity.py::"
+POLICIES = "tests/privacy/test_t1_policies.py::"
+T2 = "tests/privacy/test_t2_noise.py::"
+T3 = "tests/privacy/test_t3_sampling.py::"
+OTHERS = "tests/privacy/test_t3_other_samplers.py::"
+AGREEMENT = "tests/engines/test_agreement.py::test_engine_agrees_with_loop_or_refuses_by_name"
+T8 = "tests/privacy/test_t8_leaks.py::"
+
+NOISE = "flat[place : place + len(noise)].add_(noise.to(flat), alpha=std)"
+HOSTILE = T1 + "test_a_hostile_vector_moves_the_release_by_at_most_c[{}-float32]"
+VARIANCE = T2 + "test_every_tensor_of_every_step_has_the_planned_variance"
+
+MUTATIONS = [
+    Mutation("no noise", "noise.py", NOISE, NOISE.replace("alpha=std", "alpha=0.0"), VARIANCE),
+    Mutation("half the noise", "noise.py", NOISE, NOISE.replace("=std", "=std / 2"), VARIANCE),
+    Mutation(
+        "0.95 times the noise", "noise.py", NOISE, NOISE.replace("=std", "=0.95 * std"), VARIANCE
+    ),
+    Mutation(
+        "the same noise in every step",
+        "noise.py",
+        'rng.derive(self._key, "noise", step)',
+        'rng.derive(self._key, "noise", 0)',
+        T2 + "test_steps_tensors_and_neighbours_are_uncorrelated",
+    ),
+    Mutation(
+        "the same noise in every tensor",
+        "noise.py",
+        "self._normals.pieces(key, start, total.numel())",
+        "self._normals.pieces(key, 0, total.numel())",
+        T2 + "test_noise_depends_on_the_flat_position_only",
+    ),
+    Mutation(
+        "a step's noise twice",
+        "noise.py",
+        "if step < self._used_below or step in self._used:",
+        "if False:",
+        T2 + "test_a_step_used_twice_is_refused",
+    ),
+    Mutation(
+        "noise from a seed of 32 bits",
+        "rng.py",
+        "    return secrets.token_bytes(KEY_BYTES)",
+        "    return int(torch.initial_seed() % 2**32).to_bytes(KEY_BYTES, 'big')",
+        T2 + "test_torch_seeds_do_not_move_the_noise",
+    ),
+    Mutation(
+        "no clipping",
+        "clipping/base.py",
+        "usable((bounds / norms).clamp(max=1), norms)",
+        "usable(torch.ones_like(norms), norms)",
+        HOSTILE.format("hooks-huge"),
+    ),
+    Mutation(
+        "clipping by the mean norm",
+        "private_step.py",
+        "clipping(norms) * counted",
+        "clipping(norms.mean(0, keepdim=True).expand_as(norms)) * counted",
+        HOSTILE.format("hooks-large"),
+    ),
+    Mutation(
+        "division by the drawn batch size",
+        "private_step.py",
+        "clipping(norms) * counted",
+        "clipping(norms) * counted / counted.sum() * self.expected_batch_size",
+        HOSTILE.format("hooks-ordinary"),
+    ),
+    Mutation(
+        "padding rows count",
+        "private_step.py",
+        "            weights = clipping(norms) * counted\n",
+        "            weights = clipping(norms)\n",
+        "tests/test_private_step.py::test_the_mask_silences_padding_whatever_it_holds",
+    ),
+    Mutation(
+        "clip factors in bfloat16",
+        "private_step.py",
+        "clipping(norms) * counted",
+        "clipping(norms).bfloat16().to(norms.dtype) * counted",
+        T1 + "test_a_hostile_vector_moves_the_release_by_at_most_c",
+    ),
+    Mutation(
+        "a gradient that is not finite passes the clip",
+        "clipping/base.py",
+        "torch.where(good.all(1, keepdim=True), weights, torch.zeros_like(weights))",
+        "torch.nan_to_num(weights, nan=1.0)",
+        HOSTILE.format("hooks-nan"),
+    ),
+    Mutation(
+        "norms without biases",
+        "engines/grads.py",
+        "[squares[name] for name in group]",
+        "[squares[name] for name in group if 'bias' not in name or len(group) == 1]",
+        AGREEMENT,
+    ),
+    Mutation(
+        "ghost norms without the cross terms of a tied weight",
+        "engines/ghost/part.py",
+        "if len(uses) == 1 or disjoint([use.source for use in uses]):",
+        "if True:",
+        AGREEMENT,
+    ),
+    Mutation(
+        "ghost norms that cancel are believed",
+        "rules/rows.py",
+        "        doubtful = ~((sure >= _TINY) & torch.isfinite(total))",
+        "        doubtful = ~torch.isfinite(total)",
+        "tests/engines/test_ghost.py::test_cancelling_tokens_do_not_hide_a_gradient",
+    ),
+    Mutation(
+        "a weight used outside its layer is missed",
+        "engines/hooks.py",
+        '    if missed:\n        raise ValueError(\n            f"The losses use',
+        '    if False:\n        raise ValueError(\n            f"The losses use',
+        "tests/engines/test_adversarial.py::test_a_parameter_reached_by_reference_is_noticed",
+    ),
+    Mutation(
+        "sums left over from an aborted step",
+        "private_step.py",
+        "        except BaseException:\n            self.discard()\n            raise",
+        "        except BaseException:\n            raise",
+        "tests/test_private_step.py::test_an_error_discards_the_sums_of_the_step",
+    ),
+    Mutation(
+        "layers clipped to C each",
+        "clipping/groups.py",
+        "self.max_grad_norm / math.sqrt(norms.shape[1])",
+        "self.max_grad_norm",
+        POLICIES + "test_a_record_moves_sum_and_statistic_by_at_most_the_bound",
+    ),
+    Mutation(
+        "the count of adaptive clipping is not part of the bound",
+        "clipping/adaptive.py",
+        "return self.max_grad_norm * math.sqrt(1 + self.count_share**2)",
+        "return self.max_grad_norm",
+        POLICIES + "test_a_record_moves_sum_and_statistic_by_at_most_the_bound",
+    ),
+    Mutation(
+        "adaptive clipping learns from the count without noise",
+        "private_step.py",
+        "released = sums if statistic is None else {**sums, _STATISTIC: statistic}",
+        "released = sums",
+        POLICIES + "test_the_count_of_an_adaptive_policy_is_part_of_the_release",
+    ),
+    Mutation(
+        "the noise does not follow a schedule of C",
+        "private_step.py",
+        "noise_multiplier * clipping.sensitivity, step)",
+        "noise_multiplier * self.clipping.sensitivity, step)",
+        POLICIES + "test_the_noise_follows_a_schedule_of_c_and_of_sigma",
+    ),
+    Mutation(
+        "records drawn too often",
+        "sampling/poisson.py",
+        "math.log1p(-q)",
+        "math.log1p(-1.02 * q)",
+        T3 + "test_small_rates_are_exact",
+    ),
+    Mutation(
+        "the same draw in every step",
+        "sampling/poisson.py",
+        'rng.derive(self.key, "sampling", step)',
+        'rng.derive(self.key, "sampling", 0)',
+        T3 + "test_steps_are_independent",
+    ),
+    Mutation(
+        "a batch of fixed size",
+        "sampling/poisson.py",
+        "        return positions[positions >= start]",
+        "        return torch.randperm(stop)[: round(self.rate * stop)].sort().values",
+        T3 + "test_inclusions_are_binomial_and_batch_sizes_vary_as_they_should",
+    ),
+    Mutation(
+        "an empty batch is skipped",
+        "trainer.py",
+        "        self.step.release()\n",
+        "        if len(drawn):\n            self.step.release()\n        else:\n"
+        "            self.step.step += 1\n",
+        T3 + "test_empty_batches_happen_and_are_noised_stepped_and_charged",
+    ),
+    Mutation(
+        "another rate is accounted for than is drawn",
+        "sampling/poisson.py",
+        "poisson_releases(self.rate, noise)",
+        "poisson_releases(self.rate / 2, noise)",
+        "tests/test_account.py::test_a_plan_is_accounted_for_without_data",
+    ),
+    Mutation(
+        "shuffled batches accounted as Poisson",
+        "sampling/shuffled.py",
+        "        return gaussian_releases(list(runs.items()))",
+        "        from dpsgd.accounting.releases import poisson_releases\n\n"
+        "        return poisson_releases(self.rate, noise)",
+        OTHERS + "test_shuffling_is_charged_a_gaussian_per_begun_epoch_and_no_amplification",
+    ),
+    Mutation(
+        "truncation is free",
+        "sampling/truncated.py",
+        "truncated_releases(self.rate, self.max_batch_size, self.public_size, noise)",
+        "super().releases(noise)",
+        OTHERS + "test_truncation_costs_more_than_poisson_and_little_when_it_is_rare",
+    ),
+    Mutation(
+        "replace-one accounted as add/remove",
+        "accounting/spending.py",
+        '"replace_one": NeighboringRelation.REPLACE_ONE',
+        '"replace_one": NeighboringRelation.ADD_OR_REMOVE_ONE',
+        "tests/test_accounting.py::test_replacing_a_record_costs_more_than_adding_one",
+    ),
+    Mutation(
+        "a combination without a theorem is accepted",
+        "plan.py",
+        "    if (adjacency, accountant) not in sampler.theorems:",
+        "    if False:",
+        OTHERS + "test_only_combinations_with_a_theorem_make_a_plan",
+    ),
+    Mutation(
+        "calibration overshoots the target",
+        "accounting/calibration.py",
+        "if target * (1 - _TOLERANCE) <= now <= target:\n            return noise",
+        "if target * (1 - _TOLERANCE) <= now <= target * (1 + 9 * _TOLERANCE):\n"
+        "            return noise",
+        "tests/test_accounting.py::test_calibration_reaches_the_target_and_never_overshoots",
+    ),
+    Mutation(
+        "a step is charged after it happened",
+        "trainer.py",
+        "                if ledger is not None:\n"
+        "                    ledger.intend(number, self.plan.noise_at(number))\n"
+        "                private = self._take(number)\n",
+        "                private = self._take(number)\n"
+        "                if ledger is not None:\n"
+        "                    ledger.intend(number, self.plan.noise_at(number))\n",
+        "tests/test_ledger.py::test_the_charge_is_on_disk_before_the_step_draws",
+    ),
+    Mutation(
+        "an edited ledger passes",
+        "ledger.py",
+        "if not hmac.compare_digest(expected, mac):",
+        "if False:",
+        "tests/test_ledger.py::test_an_edited_ledger_is_noticed",
+    ),
+    Mutation(
+        "a sweep is charged like one run",
+        "sweeps.py",
+        "                events[event] += count",
+        "                events[event] = count",
+        "tests/test_account.py::test_a_sweep_is_charged_by_composition",
+    ),
+    Mutation(
+        "a private metric is logged",
+        "loggers.py",
+        '        "optimizer/learning_rate": report.learning_rate,',
+        '        "optimizer/learning_rate": report.learning_rate,\n'
+        '        "train/loss": report.private.get("train_loss", 0.0),',
+        T8 + "test_public_files_do_not_depend_on_private_records",
+    ),
+    Mutation(
+        "the drawn batch size is published as speed",
+        "loggers.py",
+        '        "privacy/epsilon": report.epsilon,',
+        '        "privacy/epsilon": report.epsilon,\n'
+        '        "speed/records": report.private.get("drawn_batch_size", 0.0),',
+        T8 + "test_public_files_do_not_depend_on_private_records",
+    ),
+    Mutation(
+        "a fixed key is written to the configuration",
+        "config.py",
+        'copy.privacy.key = "<redacted>"',
+        "pass",
+        "tests/test_configs.py",
+    ),
+    Mutation(
+        "samples that influence each other are accepted",
+        "checks/preflight.py",
+        "    check_independence(engine.model, engine.loss_fn, batch)\n",
+        "",
+        "tests/test_checks.py::test_batch_normalisation_is_refused_in_every_disguise",
+    ),
+    Mutation(
+        "batch statistics move without noise",
+        "private_step.py",
+        "            _check_no_batch_statistics(self.engine.model)\n",
+        "",
+        "tests/test_private_step.py::test_batch_statistics_are_refused_whatever_the_engine",
+    ),
+    Mutation(
+        "users bring more records than they may, as units of their own",
+        "losses.py",
+        "        return total / counted.sum(1).clamp(min=1)",
+        "        return total",
+        POLICIES + "test_a_users_loss_is_the_mean_over_its_records",
+    ),
+]
