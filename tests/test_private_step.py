@@ -52,13 +52,14 @@ def test_physical_batches_add_up():
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("held", [(float("nan"), 1e300), (0.5, -2.0), (0.0, 0.0)])
 @pytest.mark.parametrize("mask", [[1, 1, 0, 1, 0], [True, True, False, True, False]])
-def test_the_mask_silences_padding_whatever_it_holds(mask):
+def test_the_mask_silences_padding_whatever_it_holds(mask, held):
     """Masks keep the gradients of unmasked samples, even beside NaN."""
     padded, plain = make(), make()
     x = data(5)
     plain(x[[0, 1, 3]])
-    x[2], x[4] = float("nan"), 1e300
+    x[2], x[4] = held
     contribution = padded.accumulate(x, torch.tensor(mask))
     padded.release()
     assert contribution.weights[2] == contribution.weights[4] == 0

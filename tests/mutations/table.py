@@ -28,7 +28,7 @@ POLICIES = "tests/privacy/test_t1_policies.py::"
 T2 = "tests/privacy/test_t2_noise.py::"
 T3 = "tests/privacy/test_t3_sampling.py::"
 OTHERS = "tests/privacy/test_t3_other_samplers.py::"
-AGREEMENT = "tests/engines/test_agreement.py::test_engine_agrees_with_loop_or_refuses_by_name"
+ROUTES = "tests/engines/test_agreement.py::test_every_route_of_the_ghost_engine_agrees"
 T8 = "tests/privacy/test_t8_leaks.py::"
 
 NOISE = "flat[place : place + len(noise)].add_(noise.to(flat), alpha=std)"
@@ -95,7 +95,7 @@ MUTATIONS = [
         "private_step.py",
         "            weights = clipping(norms) * counted\n",
         "            weights = clipping(norms)\n",
-        "tests/test_private_step.py::test_the_mask_silences_padding_whatever_it_holds",
+        "tests/test_trainer.py::test_the_result_does_not_depend_on_the_physical_batch_size",
     ),
     Mutation(
         "clip factors in bfloat16",
@@ -116,14 +116,14 @@ MUTATIONS = [
         "engines/grads.py",
         "[squares[name] for name in group]",
         "[squares[name] for name in group if 'bias' not in name or len(group) == 1]",
-        AGREEMENT,
+        HOSTILE.format("hooks-ordinary"),
     ),
     Mutation(
         "ghost norms without the cross terms of a tied weight",
         "engines/ghost/part.py",
         "if len(uses) == 1 or disjoint([use.source for use in uses]):",
         "if True:",
-        AGREEMENT,
+        ROUTES,
     ),
     Mutation(
         "ghost norms that cancel are believed",
@@ -179,7 +179,7 @@ MUTATIONS = [
         "sampling/poisson.py",
         "math.log1p(-q)",
         "math.log1p(-1.02 * q)",
-        T3 + "test_small_rates_are_exact",
+        T3 + "test_inclusions_are_binomial_and_batch_sizes_vary_as_they_should",
     ),
     Mutation(
         "the same draw in every step",
