@@ -39,7 +39,8 @@ mutations: $(STAMP)  ## plant privacy bugs one at a time; the test of each must 
 	$(BIN)/python tests/mutations/run.py $(ARGS)
 
 audit: $(STAMP)  ## try to break the privacy of a configuration (ARGS="engine=vmap ...")
-	$(BIN)/python -m dpsgd.audit $(ARGS)
+	$(BIN)/python -m dpsgd.audit trainer.num_steps=1 audit.runs=2000 $(ARGS)
+	$(BIN)/python -m dpsgd.audit audit.minutes=5 $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .

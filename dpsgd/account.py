@@ -18,6 +18,7 @@ from dpsgd.components import build
 from dpsgd.ledger import Charged, read
 from dpsgd.plan import PrivacyPlan
 from dpsgd.planning import privacy_plan
+from dpsgd.report import caution
 from dpsgd.run_directory import REPORT, charged
 
 _RATES = (0.001, 0.01, 0.1)
@@ -39,6 +40,8 @@ def account(config: DictConfig, console: Console) -> PrivacyPlan:
     sampler = parts["sampler"](key=rng.fresh_key())  # draws nothing
     plan = privacy_plan(config, sampler, parts["clipping"], config.account.solve)
     console.print(_table(plan))
+    if plan.sampler.caution is not None:
+        console.print(caution(plan.sampler.caution))
     if config.account.plot is not None:
         path = Path(config.account.plot)
         try:

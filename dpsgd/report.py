@@ -147,6 +147,11 @@ def summary(report: Mapping[str, Any], where: str) -> RenderableType:
     return Group(banner(report["not_private_because"]), table) if not report["private"] else table
 
 
+def caution(words: str) -> RenderableType:
+    """Returns what somebody should know before they go on, as a panel."""
+    return Panel(words, title="Note", style="yellow", expand=False)
+
+
 def banner(reasons: list[str]) -> RenderableType:
     """Returns the NOT PRIVATE banner with its reasons."""
     return Panel("\n".join(reasons), title="NOT PRIVATE", style="bold red", expand=False)

@@ -81,5 +81,7 @@ class Words:
 
 def uniforms(key: bytes, start: int, count: int) -> Tensor:
     """Returns float64 numbers in (0, 1] from the 64-bit words [start, start + count)."""
+    if count == 0:
+        return torch.empty(0, dtype=torch.float64)
     words = Words(count, torch.uint64).read(key, start, count)
     return words.to(torch.float64).add_(0.5).mul_(2.0**-64)

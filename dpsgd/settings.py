@@ -65,6 +65,18 @@ class Bench:
 
 
 @dataclass
+class Audit:
+    """`audit.*`."""
+
+    runs: int = 500
+    steps: int = 60
+    canaries: int = 100
+    confidence: float = 0.99
+    minutes: float = 6.0
+    dir: str = "runs"
+
+
+@dataclass
 class Sweep:
     """`sweep.*`."""
 
@@ -99,6 +111,7 @@ SECTIONS: dict[str, type] = {
     "logger": Logging,
     "accountant": Accountant,
     "account": Account,
+    "audit": Audit,
     "sweep": Sweep,
     "run": Run,
     "bench": Bench,

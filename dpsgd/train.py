@@ -36,7 +36,7 @@ from dpsgd.loggers import (
 from dpsgd.losses import PerUser
 from dpsgd.planning import privacy_plan
 from dpsgd.random_stopping import run_candidates
-from dpsgd.report import banner, final_report, summary
+from dpsgd.report import banner, caution, final_report, summary
 from dpsgd.run_directory import (
     METRICS,
     RunDirectory,
@@ -73,6 +73,8 @@ def train(
     trainer, passed = prepare(config, key)
     if not_private:
         console.print(banner(not_private))
+    if trainer.plan.sampler.caution is not None:
+        console.print(caution(trainer.plan.sampler.caution))
     run = RunDirectory(path)
     run.keep_key(key)
     try:

@@ -53,6 +53,11 @@ def test_it_solves_for_steps_and_for_the_rate(tmp_path):
     assert figure("epsilon", rate.stdout) == pytest.approx(2, rel=1e-3)
 
 
+def test_shuffling_is_said_to_be_dear(tmp_path):
+    out = account("sampler=shuffled", "privacy.adjacency=replace_one", cwd=tmp_path).stdout
+    assert "no amplification" in re.sub(r"[\s│]+", " ", out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -357,3 +357,19 @@ def test_losses_that_reach_no_parameter_are_refused():
         checks.preflight(
             engines.Ghost(nn.Linear(4, 3), lambda m, b: m(b).detach().sum(1)), batch(4, 4)
         )
+
+
+def test_batches_with_booleans_are_checked():
+    """Which records of a user are there, for example."""
+    model = nn.Linear(3, 2)
+    present = torch.tensor([True, False, True, True])
+
+    def loss(model, batch):
+        x, there = batch
+        return torch.where(there, model(x).square().sum(1), 0)
+
+    checks.check_independence(model, loss, (torch.randn(4, 3), present))
+    with pytest.raises(ValueError, match="independent samples"):
+        checks.check_independence(
+            model, lambda m, b: m(b[0]).square().sum(1) * b[1].sum(), (torch.randn(4, 3), present)
+        )

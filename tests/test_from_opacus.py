@@ -1,12 +1,20 @@
 """What docs/from-opacus.md says: at equal settings Opacus and dpsgd are the same mechanism."""
 
+import inspect
 import math
+import re
 import statistics
+from dataclasses import replace
+from pathlib import Path
 
+import opacus.accountants
+import opacus.layers
+import opacus.schedulers
 import pytest
 import torch
 from opacus import PrivacyEngine
 from opacus.accountants import PRVAccountant, RDPAccountant
+from opacus.accountants.utils import get_noise_multiplier
 from opacus.schedulers import ExponentialGradClip, ExponentialNoise
 from opacus.validators import ModuleValidator
 from torch import nn
@@ -15,11 +23,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from dpsgd import PrivateStep, accounting, checks, clipping, data, engines, losses
 from dpsgd.noise import Gaussian
 from dpsgd.plan import PrivacyPlan, steps_for
-from dpsgd.sampling import Poisson
+from dpsgd.sampling import Poisson, Shuffled
 from dpsgd.schedules import Schedule
 
 SIZE, BATCHES, DELTA = 240, 8, 1e-5
 EXPECTED = SIZE // BATCHES
+PAGE = (Path(__file__).parent.parent / "docs" / "from-opacus.md").read_text()
 PLANS = [(1 / 12, 1.0, 60), (0.1, 2.0, 200), (0.01, 0.8, 2000), (1.0, 5.0, 60)]
 
 
@@ -35,7 +44,7 @@ def records(widths=(20, 16, 5)):
     return x, torch.randint(widths[2], (SIZE,), generator=generator)
 
 
-def opacus(model, x, y, batch_size=EXPECTED, accountant="rdp", lr=1.0, **options):
+def wrapped(model, x, y, batch_size=EXPECTED, accountant="rdp", lr=1.0, **options):
     """Opacus's (engine, model, optimizer, criterion, loader)."""
     options = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, **options}
     engine = PrivacyEngine(accountant=accountant)
@@ -80,6 +89,38 @@ def median_norm(x, y):
     return float(grads.norms().median())
 
 
+def public(library):
+    return [name for name in library.__all__ if not name.startswith("_")]
+
+
+METHODS = [name for name in vars(PrivacyEngine) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("library", [opacus, opacus.accountants, opacus.layers, opacus.schedulers])
+def test_every_public_name_is_on_the_page(library):
+    assert [name for name in public(library) if not re.search(rf"\b{name}\b", PAGE)] == []
+
+
+@pytest.mark.parametrize("method", ["__init__", *METHODS])
+def test_every_argument_of_the_engine_is_on_the_page(method):
+    names = {method, *inspect.signature(getattr(PrivacyEngine, method)).parameters}
+    names -= {"__init__", "self", "kwargs"}
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", PAGE)] == []
+
+
+@pytest.mark.parametrize(("theirs", "mine", "gap"), [("rdp", "rdp", 1e-3), ("prv", "pld", 1e-2)])
+def test_a_run_is_charged_what_its_plan_says(theirs, mine, gap):
+    engine, model, optimizer, criterion, loader = wrapped(
+        net(), *records(), accountant=theirs, noise_multiplier=0.9
+    )
+    for _ in range(3):
+        for inputs, labels in loader:
+            take(model, optimizer, criterion, inputs, labels)
+    sampler = Poisson(sample_rate=1 / BATCHES, public_size=SIZE)
+    plan = PrivacyPlan(sampler, clipping.Flat(1.0), 3 * BATCHES, 0.9, DELTA, accountant=mine)
+    assert plan.epsilon() == pytest.approx(engine.get_epsilon(DELTA), rel=gap)
+
+
 @pytest.mark.parametrize(("q", "sigma", "steps"), PLANS)
 def test_rdp_gives_the_same_epsilon(q, sigma, steps):
     """To 1e-3: dp-accounting bounds fractional orders, of which Opacus has the exact value."""
@@ -108,7 +149,7 @@ def test_a_noiseless_step_is_the_same(mode):
     x, y = records()
     x, y, bound = x[:30], y[:30], median_norm(x[:30], y[:30])
     mine, theirs = net(), net()
-    _, model, optimizer, criterion, _ = opacus(
+    _, model, optimizer, criterion, _ = wrapped(
         theirs, *records(), max_grad_norm=bound, grad_sample_mode=mode
     )
     assert optimizer.expected_batch_size == EXPECTED
@@ -122,7 +163,7 @@ def test_a_noiseless_step_is_the_same(mode):
 def test_the_divisor_is_the_expected_batch_size_and_not_the_drawn_one():
     x, y = records()
     mine, theirs = net(), net()
-    _, model, optimizer, criterion, _ = opacus(theirs, x, y)
+    _, model, optimizer, criterion, _ = wrapped(theirs, x, y)
     take(model, optimizer, criterion, x[:7], y[:7])
     ours(mine)((x[:7], y[:7]))
     torch.testing.assert_close(weights(mine), weights(theirs), rtol=0, atol=1e-6)
@@ -131,7 +172,7 @@ def test_the_divisor_is_the_expected_batch_size_and_not_the_drawn_one():
 def test_loss_reduction_sum_is_a_divisor_of_one():
     x, y = records()
     mine, theirs = net(), net()
-    _, model, optimizer, criterion, _ = opacus(theirs, x, y, loss_reduction="sum", lr=0.1)
+    _, model, optimizer, criterion, _ = wrapped(theirs, x, y, loss_reduction="sum", lr=0.1)
     take(model, optimizer, criterion, x[:7], y[:7])
     ours(mine, lr=0.1, expected_batch_size=1)((x[:7], y[:7]))
     torch.testing.assert_close(weights(mine), weights(theirs), rtol=0, atol=1e-6)
@@ -147,7 +188,7 @@ def test_a_list_of_clip_norms_is_a_group_per_parameter():
         patterns={name: name for name in names},
         shares={name: bound**2 for name, bound in zip(names, bounds, strict=True)},
     )
-    _, model, optimizer, criterion, _ = opacus(
+    _, model, optimizer, criterion, _ = wrapped(
         theirs, x, y, clipping="per_layer", max_grad_norm=bounds
     )
     assert policy.sensitivity == pytest.approx(optimizer.max_grad_norm)
@@ -159,7 +200,7 @@ def test_a_list_of_clip_norms_is_a_group_per_parameter():
 def test_a_virtual_step_is_accumulate_and_release():
     x, y = records()
     mine, theirs = net(), net()
-    _, model, optimizer, criterion, _ = opacus(theirs, x, y)
+    _, model, optimizer, criterion, _ = wrapped(theirs, x, y)
     step = ours(mine)
     for start in (0, 10, 20):
         part = x[start : start + 10], y[start : start + 10]
@@ -172,7 +213,7 @@ def test_a_virtual_step_is_accumulate_and_release():
 
 def test_grad_sample_is_materialize():
     x, y = records()
-    _, model, _, criterion, _ = opacus(net(), x, y)
+    _, model, _, criterion, _ = wrapped(net(), x, y)
     criterion(model(x[:6]), y[:6]).backward()
     grads = engines.Ghost(net(), losses.cross_entropy)((x[:6], y[:6])).materialize()
     for name, p in model._module.named_parameters():
@@ -191,7 +232,7 @@ def test_a_weighted_mean_mixes_the_samples_of_opacus():
     theirs, mine = [], []
     for other in (1, 2):
         y[1] = other
-        _, model, _, _, _ = opacus(net(), *records())
+        _, model, _, _, _ = wrapped(net(), *records())
         nn.functional.cross_entropy(model(x), y, classes).backward()
         theirs.append(next(model._module.parameters()).grad_sample[0])
         mine.append(engines.Ghost(net(), weighted)((x, y)).materialize()["0.weight"][0])
@@ -221,7 +262,7 @@ def test_the_noise_of_an_update_has_the_same_standard_deviation(mode):
     sigma, bound = 1.5, 0.7
     x, y = records(WIDE)
     mine, theirs = net(widths=WIDE), net(widths=WIDE)
-    _, model, optimizer, criterion, _ = opacus(
+    _, model, optimizer, criterion, _ = wrapped(
         theirs, x, y, noise_multiplier=sigma, max_grad_norm=bound, grad_sample_mode=mode
     )
     take(model, optimizer, criterion, x[:0], y[:0])
@@ -233,7 +274,7 @@ def test_the_noise_of_an_update_has_the_same_standard_deviation(mode):
 def test_an_empty_batch_is_noised_and_charged_by_both():
     x, y = records()
     mine, theirs = net(), net()
-    engine, model, optimizer, criterion, _ = opacus(theirs, x, y, noise_multiplier=1.0)
+    engine, model, optimizer, criterion, _ = wrapped(theirs, x, y, noise_multiplier=1.0)
     take(model, optimizer, criterion, x[:0], y[:0])
     step = ours(mine, noise_multiplier=1.0)
     step((x[:0], y[:0]))
@@ -255,7 +296,7 @@ ADAPTIVE = {
 @pytest.mark.parametrize("options", [{"grad_sample_mode": "ew"}, ADAPTIVE], ids=["ew", "adaptive"])
 def test_an_empty_batch_stops_opacus_in_some_modes_and_never_dpsgd(options):
     x, y = records()
-    _, model, optimizer, criterion, _ = opacus(net(), x, y, unclipped_num_std=1.0, **options)
+    _, model, optimizer, criterion, _ = wrapped(net(), x, y, unclipped_num_std=1.0, **options)
     with pytest.raises(RuntimeError):
         take(model, optimizer, criterion, x[:0], y[:0])
     mine = net()
@@ -267,10 +308,103 @@ def test_an_empty_batch_stops_opacus_in_some_modes_and_never_dpsgd(options):
 def test_an_epoch_of_opacus_may_lack_a_step(batches):
     """int(1 / (1 / 93)) = 92, while dpsgd counts 93 steps of that rate."""
     x, y = torch.zeros(batches * 2, 20), torch.zeros(batches * 2).long()
-    _, _, _, _, loader = opacus(net(), x, y, batch_size=2)
+    _, _, _, _, loader = wrapped(net(), x, y, batch_size=2)
     assert loader.sample_rate == 1 / batches
     assert len(loader) == batches - (batches == 93)
     assert steps_for(1, 1 / batches) == batches
+
+
+def test_opacus_charges_another_rate_than_it_draws_with_where_an_epoch_lacks_a_step():
+    """Five epochs of 93 batches: 460 steps at 1/92 cost more than 465 at 1/93 were to."""
+    x, y = torch.zeros(186, 20), torch.zeros(186).long()
+    sigma = get_noise_multiplier(
+        target_epsilon=3.0, target_delta=DELTA, sample_rate=1 / 93, epochs=5, accountant="rdp"
+    )
+    engine, model, optimizer, criterion, loader = wrapped(
+        net(), x, y, batch_size=2, noise_multiplier=sigma
+    )
+    take(model, optimizer, criterion, x[:2], y[:2])
+    assert engine.accountant.history == [(sigma, 1 / 92, 1)]
+    assert loader.sample_rate == 1 / 93
+    engine.accountant.history = [(sigma, 1 / 92, 5 * len(loader))]
+    assert engine.get_epsilon(DELTA) == pytest.approx(3.015, abs=2e-3)
+    sampler = Poisson(sample_rate=1 / 93, public_size=186)
+    plan = PrivacyPlan.make(
+        sampler,
+        clipping.Flat(1.0),
+        num_steps=steps_for(5, 1 / 93),
+        target_epsilon=3.0,
+        target_delta=DELTA,
+        accountant="rdp",
+    )
+    assert 2.99 < plan.epsilon() <= 3.0
+
+
+def test_shuffled_batches_are_charged_as_poisson_samples_by_opacus_only():
+    x, y = records()
+    engine, model, optimizer, criterion, loader = wrapped(
+        net(), x, y, noise_multiplier=2.0, poisson_sampling=False
+    )
+    for inputs, labels in loader:
+        assert len(inputs) == EXPECTED
+        take(model, optimizer, criterion, inputs, labels)
+    assert engine.accountant.history == [(2.0, 1 / BATCHES, BATCHES)]
+    shuffled = Shuffled(expected_batch_size=EXPECTED, public_size=SIZE)
+    plan = PrivacyPlan(shuffled, clipping.Flat(1.0), BATCHES, 2.0, DELTA, adjacency="replace_one")
+    assert plan.epsilon() > 3 * engine.get_epsilon(DELTA)
+
+
+def test_an_optimizer_of_a_part_of_the_model_is_refused_by_dpsgd_only():
+    model = net()
+    part = torch.optim.SGD(model[0].parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="own every trainable parameter"):
+        PrivateStep(
+            engines.Ghost(model, losses.cross_entropy),
+            part,
+            clipping=clipping.Flat(1.0),
+            noise=Gaussian(),
+            noise_multiplier=1.0,
+            expected_batch_size=EXPECTED,
+        )
+    PrivacyEngine().make_private(
+        module=model,
+        optimizer=part,
+        data_loader=DataLoader(TensorDataset(*records()), batch_size=EXPECTED),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_ones_own():
+    """Weights, momentum, number of steps and clip norm, as the page says; no noise, so exact."""
+    x, y = records()
+    batches = [(x[i : i + 10], y[i : i + 10]) for i in range(0, 60, 10)]
+
+    def start(model, seed):
+        policy = clipping.AdaptiveQuantile(0.5, learning_rate=0.5)
+        step = ours(model, policy=policy, seed=seed)
+        step.optimizer.param_groups[0]["momentum"] = 0.9
+        return step
+
+    whole = net()
+    step = start(whole, seed=0)
+    for batch in batches:
+        step(batch)
+    first = net()
+    before = start(first, seed=0)
+    for batch in batches[:3]:
+        before(batch)
+    saved = first.state_dict(), before.optimizer.state_dict()
+    second = net(seed=1)
+    after = start(second, seed=9)
+    second.load_state_dict(saved[0])
+    after.optimizer.load_state_dict(saved[1])
+    after.step = before.step
+    after.clipping = replace(after.clipping, max_grad_norm=before.clipping.max_grad_norm)
+    for batch in batches[3:]:
+        after(batch)
+    assert after.step == 6
+    torch.testing.assert_close(weights(second), weights(whole), rtol=0, atol=1e-6)
 
 
 def test_a_cpu_generator_forgets_all_but_32_bits_of_its_seed():
@@ -289,7 +423,7 @@ def test_the_noise_of_adaptive_clipping_is_the_same():
     share = 1 / math.sqrt((2 * std / sigma) ** 2 - 1)
     x, y = records(WIDE)
     mine, theirs = net(widths=WIDE), net(widths=WIDE)
-    _, model, optimizer, criterion, _ = opacus(
+    _, model, optimizer, criterion, _ = wrapped(
         theirs, x, y, noise_multiplier=sigma, unclipped_num_std=std, **ADAPTIVE
     )
     take(model, optimizer, criterion, x[:1], y[:1])
@@ -305,7 +439,7 @@ def test_adaptive_clipping_moves_the_clip_norm_alike():
     """Where the drawn batch happens to have the expected size."""
     x, y = records()
     bound = median_norm(x[:30], y[:30]) * 1.1
-    _, model, optimizer, criterion, _ = opacus(
+    _, model, optimizer, criterion, _ = wrapped(
         net(), x, y, max_grad_norm=bound, unclipped_num_std=1e-9, **ADAPTIVE
     )
     take(model, optimizer, criterion, x[:30], y[:30])
@@ -316,9 +450,27 @@ def test_adaptive_clipping_moves_the_clip_norm_alike():
     assert step.clipping.max_grad_norm == pytest.approx(float(optimizer.max_grad_norm), rel=1e-5)
 
 
+def test_adaptive_clipping_counts_every_part_of_a_virtual_step_in_dpsgd_only():
+    x, y = records()
+    bound = median_norm(x[:30], y[:30])
+    _, model, optimizer, criterion, _ = wrapped(net(), x, y, unclipped_num_std=1e-9, **ADAPTIVE)
+    policy = clipping.AdaptiveQuantile(bound, quantile=0.1, learning_rate=0.3)
+    whole, parts = (ours(net(), policy=policy) for _ in range(2))
+    for start in (0, 10, 20):
+        part = x[start : start + 10], y[start : start + 10]
+        optimizer.signal_skip_step(do_skip=start < 20)
+        take(model, optimizer, criterion, *part)
+        parts.accumulate(part)
+    parts.release()
+    whole((x[:30], y[:30]))
+    assert optimizer.sample_size == 10
+    assert parts.clipping.max_grad_norm != pytest.approx(bound, rel=1e-2)
+    assert parts.clipping.max_grad_norm == pytest.approx(whole.clipping.max_grad_norm, rel=1e-5)
+
+
 def test_a_noise_scheduler_is_a_schedule():
     x, y = records()
-    engine, model, optimizer, criterion, _ = opacus(net(), x, y, noise_multiplier=2.0)
+    engine, model, optimizer, criterion, _ = wrapped(net(), x, y, noise_multiplier=2.0)
     scheduler = ExponentialNoise(optimizer, gamma=0.5)
     for _ in range(3):
         take(model, optimizer, criterion, x[:5], y[:5])
@@ -340,7 +492,7 @@ def test_a_sample_that_is_not_finite_ruins_only_the_model_of_opacus(mode):
     x, y = records()
     x[0] = math.inf
     mine, theirs = net(), net()
-    _, model, optimizer, criterion, _ = opacus(theirs, x, y, grad_sample_mode=mode)
+    _, model, optimizer, criterion, _ = wrapped(theirs, x, y, grad_sample_mode=mode)
     take(model, optimizer, criterion, x[:5], y[:5])
     ours(mine)((x[:5], y[:5]))
     assert not torch.isfinite(weights(theirs)).any()
@@ -352,7 +504,7 @@ def test_a_sample_that_is_not_finite_ruins_only_the_model_of_opacus(mode):
 def test_the_sum_without_noise_stays_on_the_parameters_of_opacus_only():
     x, y = records()
     mine, theirs = net(), net()
-    _, model, optimizer, criterion, _ = opacus(theirs, x, y, noise_multiplier=1.0)
+    _, model, optimizer, criterion, _ = wrapped(theirs, x, y, noise_multiplier=1.0)
     take(model, optimizer, criterion, x[:5], y[:5])
     ours(mine, noise_multiplier=1.0)((x[:5], y[:5]))
     for p in theirs.parameters():
@@ -364,7 +516,7 @@ def test_a_clip_norm_scheduler_of_opacus_misses_its_ghost_clipping():
     """Noise for C = 0.1, clipping to C = 1; a schedule of dpsgd moves both."""
     x, y = records()
     theirs = net()
-    _, model, optimizer, criterion, _ = opacus(theirs, x, y, grad_sample_mode="ghost")
+    _, model, optimizer, criterion, _ = wrapped(theirs, x, y, grad_sample_mode="ghost")
     ExponentialGradClip(optimizer, gamma=0.1).step()
     take(model, optimizer, criterion, 100 * x[:1], y[:1])
     assert optimizer.max_grad_norm == pytest.approx(0.1)
@@ -387,7 +539,7 @@ def test_both_end_with_the_same_accuracy_on_digits():
         torch.manual_seed(seed)
         mine, theirs = (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2))
         theirs.load_state_dict(mine.state_dict())
-        _, model, optimizer, criterion, loader = opacus(
+        _, model, optimizer, criterion, loader = wrapped(
             theirs, x, y, batch_size=120, noise_multiplier=1.5
         )
         for _ in range(5):

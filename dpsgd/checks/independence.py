@@ -100,7 +100,7 @@ def _with_row(tensor: Tensor, row: int, factor: int) -> Tensor:
     changed = tensor.clone()
     changed[row] = tensor[row - 1]
     if factor == 0 or tensor.is_floating_point():
-        changed[row] *= factor
+        changed[row] = changed[row] * factor  # booleans have no in-place product
     return changed
 
 

@@ -43,6 +43,9 @@ class Sampler(ABC):
     size_is_public: ClassVar[bool] = False
     """Whether the guarantee needs the true number of units to be the declared one."""
 
+    caution: ClassVar[str | None] = None
+    """What whoever chooses this sampler should be told, if anything."""
+
     def __post_init__(self) -> None:
         """Works out the missing one of sample_rate and expected_batch_size.
 

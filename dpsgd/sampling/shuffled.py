@@ -31,6 +31,10 @@ class Shuffled(Sampler):
 
     theorems: ClassVar[Theorems] = {("replace_one", "pld"): 2.0}
     size_is_public: ClassVar[bool] = True
+    caution: ClassVar[str | None] = (
+        "Shuffled batches get no amplification by sampling: every epoch counts as one release in "
+        "which a record moves the sum by 2 C. sampler=poisson spends far less for the same noise."
+    )
 
     batch_size: int = field(init=False, default=0)
 

@@ -153,8 +153,8 @@ def test_an_added_record_can_evict_another_one_from_a_truncated_batch():
     assert max(moves) > 1.1
 
 
-def users_trainer(users, x, physical=3, k=3):
-    sampler = UserPoisson(sample_rate=1.0, public_size=4, records_per_user=k, key=worlds.KEY)
+def users_trainer(users, x, physical=3, k=3, rate=1.0):
+    sampler = UserPoisson(sample_rate=rate, public_size=4, records_per_user=k, key=worlds.KEY)
     trainer, noise = worlds.trainer(
         worlds.vectors, lambda m, f: engines.Ghost(m, PerUser(cross_entropy)), torch.float32,
         sampler=sampler, physical=physical, users=torch.arange(worlds.SIZE) % 4,
@@ -214,3 +214,12 @@ def test_poisson_under_replace_one_moves_by_two_c():
     assert trainer.plan.movement == 2
     assert worlds.moved(noise.released[0], second.released[0]) <= 2 * LIMIT
     assert isinstance(trainer.plan.sampler, Poisson)
+
+
+def test_a_step_without_users_is_noise_alone():
+    x, users = torch.randn(12, 6), torch.arange(12) % 4
+    trainer, noise = users_trainer(users, x, rate=1e-6)
+    assert len(trainer.plan.sampler.sample(0, 4)) == 0
+    list(trainer.run())
+    assert len(noise.released) == 1
+    assert all(total.any() for total in noise.released[0].values())

@@ -126,6 +126,11 @@ def test_a_user_brings_records_of_its_own_only_and_at_most_k():
         assert all(len(set(row)) == len(row) for row in chosen)
 
 
+def test_no_user_brings_no_record():
+    rows, present = users_of([5, 5, 7]).choose(torch.empty(0, dtype=torch.int64), 0)
+    assert rows.shape == present.shape == (0, 2)
+
+
 def test_every_record_of_a_user_gets_its_turn():
     users = users_of([3] * 6 + [4])
     counts = torch.zeros(7)

@@ -1,0 +1,62 @@
+"""The claimed trade-off curve and what an attack measured, in one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dpsgd.accounting import TradeOff
+from dpsgd.auditing.two_worlds import TwoWorlds
+
+_COLOR = "#2f6c9e"
+_RED = "#b3261e"
+_GREY = "#8c8c8c"
+_RATES = np.linspace(0, 1, 401)
+
+
+def save_chart(result: TwoWorlds, claimed: TradeOff, path: Path) -> None:
+    """Writes the errors that an attacker must make, as claimed, and those that one made.
+
+    Args:
+        result: The two-world audit.
+        claimed: The plan's trade-off curve for the audited steps.
+        path: A .png, .pdf or .svg file.
+    """
+    figure = Figure(figsize=(5.6, 5.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    curve = [claimed(float(rate)) for rate in _RATES]
+    axis.fill_between(_RATES, 0, curve, color=_RED, alpha=0.10, linewidth=0)
+    axis.plot(_RATES, curve, color=_RED, linewidth=1.5, label="claimed: no attack lies below")
+    axis.plot([0, 1], [1, 0], color=_GREY, linestyle=":", label="guessing")
+    x = [p.false_positive_rate for p in result.points]
+    y = [p.false_negative_rate for p in result.points]
+    errors = (
+        [p.false_positive_upper - p.false_positive_rate for p in result.points],
+        [p.false_negative_upper - p.false_negative_rate for p in result.points],
+    )
+    zeros = [0.0] * len(x)
+    axis.errorbar(
+        x, y, xerr=(zeros, errors[0]), yerr=(zeros, errors[1]), fmt="o", color=_COLOR,
+        markersize=5, linewidth=1, label=f"measured, {result.runs} runs per world, upper bounds",
+    )  # fmt: skip
+    if result.violated:
+        axis.scatter(
+            [p.false_positive_upper for p in result.violated],
+            [p.false_negative_upper for p in result.violated],
+            marker="x", s=70, color="black", zorder=3, label="violates the claim",
+        )  # fmt: skip
+    axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="false positive rate", ylabel="false negative rate")
+    axis.set_aspect("equal")
+    axis.set_title(
+        f"epsilon {result.claimed:.2f} claimed for {result.steps} step(s), at least "
+        f"{result.epsilon_gaussian:.2f} measured",
+        fontsize=10,
+    )
+    axis.legend(frameon=False, fontsize=8, loc="upper right")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=200)
