@@ -199,7 +199,7 @@ class PrivacyPlan:
     def private_step(
         self, engine: Engine, optimizer: torch.optim.Optimizer, noise: Gaussian
     ) -> PrivateStep:
-        """Returns a private step with the figures of this plan."""
+        """Returns a private step with the figures of this plan, which ends with its budget."""
         return PrivateStep(
             engine,
             optimizer,
@@ -208,6 +208,7 @@ class PrivacyPlan:
             noise_multiplier=self.noise_multiplier,
             expected_batch_size=self.expected_batch_size,
             noise_schedule=self.noise_schedule,
+            num_steps=self.num_steps,
         )
 
     def describe(self) -> dict[str, Any]:

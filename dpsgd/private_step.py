@@ -56,6 +56,7 @@ class PrivateStep:
         expected_batch_size: The public divisor, sample_rate times the public size of the data,
             never the size of the drawn batch.
         noise_schedule: Factors of the noise multiplier by step.
+        num_steps: The budget: no more releases than these. None sets no limit.
 
     Attributes:
         step: Number of releases so far.
@@ -75,6 +76,7 @@ class PrivateStep:
         noise_multiplier: float,
         expected_batch_size: float,
         noise_schedule: Schedule = CONSTANT,
+        num_steps: int | None = None,
     ) -> None:
         for part, kind in ((engine, Engine), (clipping, Clipping), (noise, Gaussian)):
             if not isinstance(part, kind):
@@ -93,6 +95,7 @@ class PrivateStep:
         self.noise_multiplier = noise_multiplier
         self.expected_batch_size = expected_batch_size
         self.noise_schedule = noise_schedule
+        self.num_steps = num_steps
         self.step = 0
         self._sums: dict[str, Tensor] = {}
         self._statistic: Tensor | None = None
@@ -127,6 +130,7 @@ class PrivateStep:
             ValueError: As the engine does. The sums of the step so far are discarded, so that a
                 repeated step cannot count a sample twice.
         """
+        self._check_budget()
         try:
             if not self._sums:  # the last step's gradients need not outlive the forward pass
                 self.optimizer.zero_grad(set_to_none=True)
@@ -153,6 +157,7 @@ class PrivateStep:
 
         Without a sample (an empty Poisson draw) it releases noise alone, as it must.
         """
+        self._check_budget()
         parameters = self.engine.parameters
         if self._sums and self._sums.keys() != parameters.keys():
             self.discard()
@@ -180,6 +185,13 @@ class PrivateStep:
         for name, p in parameters.items():
             p.grad = sums[name].div_(self.expected_batch_size).to(p.dtype)
         self.optimizer.step()
+
+    def _check_budget(self) -> None:
+        if self.num_steps is not None and self.step >= self.num_steps:
+            raise ValueError(
+                f"Expected at most {self.num_steps} steps, the budget of the plan, which is spent. "
+                "Stop here, or start anew with a plan of more steps."
+            )
 
     def _memory(self) -> dict[str, Tensor]:
         """Tensors for the sums, those of the last step again if nobody holds them any more."""

@@ -126,6 +126,27 @@ def test_a_private_step_has_the_plans_figures():
     assert step.clipping == made.clipping
 
 
+def test_a_step_of_a_plan_ends_with_its_budget():
+    import torch
+
+    from dpsgd import engines, losses
+    from dpsgd.noise import Gaussian
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = plan(steps=2).private_step(
+        engines.Vmap(model, losses.cross_entropy), optimizer, Gaussian()
+    )
+    batch = torch.randn(3, 2), torch.zeros(3, dtype=torch.int64)
+    step(batch)
+    step.release()
+    before = model.weight.detach().clone()
+    for spend in (lambda: step(batch), step.release, lambda: step.accumulate(batch)):
+        with pytest.raises(ValueError, match="at most 2 steps"):
+            spend()
+    assert torch.equal(model.weight, before)
+
+
 BASE = {"target_epsilon": 2.0, "delta": 1e-5}
 
 

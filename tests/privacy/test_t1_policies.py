@@ -42,7 +42,7 @@ def hostile(name):
 
 @pytest.mark.parametrize("record", ["ordinary", "huge", "large", "one_nan", "minus_inf", "zero"])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("engine", ["loop", "hooks", "vmap", "ghost"])
+@pytest.mark.parametrize("engine", ["loop", "hooks", "vmap", "ghost", "opacus-hooks"])
 def test_a_record_moves_sum_and_statistic_by_at_most_the_bound(engine, policy, record):
     clip = POLICIES[policy]
     trainer, first = released(clip, ALL[engine])
