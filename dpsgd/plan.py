@@ -21,6 +21,8 @@ from dpsgd.private_step import PrivateStep
 from dpsgd.sampling import Sampler
 from dpsgd.schedules import CONSTANT, Schedule
 
+_MOST_NOISE = 1000.0
+
 
 @dataclass(frozen=True)
 class PrivacyPlan:
@@ -65,6 +67,11 @@ class PrivacyPlan:
             raise ValueError(
                 f"Expected a finite noise_multiplier > 0, got {self.noise_multiplier}. Without "
                 "noise there is no privacy."
+            )
+        if self.noise_multiplier * max(self.noise_schedule.factors.values()) > _MOST_NOISE:
+            raise ValueError(
+                f"Expected noise_multiplier <= {_MOST_NOISE:g}, got {self.noise_multiplier:g}: so "
+                "much noise leaves nothing to learn. Take fewer steps, or a larger epsilon."
             )
         _check_covered(self.sampler, self.adjacency, self.accountant)
         size = self.sampler.public_size
@@ -123,8 +130,8 @@ class PrivacyPlan:
 
         if noise_multiplier is None:
             assert target_epsilon is not None
-            plan(1000.0)  # whatever is wrong with the rest is said first
-            noise_multiplier = _calibrated(plan, target_epsilon)
+            plan(_probe(noise_schedule))  # whatever is wrong with the rest is said first
+            noise_multiplier = _calibrated(plan, target_epsilon, noise_schedule)
         return plan(noise_multiplier)
 
     @property
@@ -244,11 +251,18 @@ def steps_for(epochs: float, sample_rate: float) -> int:
     return math.ceil(epochs / sample_rate - 1e-9)
 
 
-def _calibrated(plan: Callable[[float], PrivacyPlan], target_epsilon: float) -> float:
+def _probe(noise_schedule: Schedule) -> float:
+    """The largest noise multiplier that a plan may have."""
+    return _MOST_NOISE / max(noise_schedule.factors.values())
+
+
+def _calibrated(
+    plan: Callable[[float], PrivacyPlan], target_epsilon: float, noise_schedule: Schedule
+) -> float:
     """The noise multiplier of a target, within 0.1 % and never above."""
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise ValueError(f"Expected a finite target_epsilon > 0, got {target_epsilon}.")
-    model = plan(1000.0)
+    model = plan(_probe(noise_schedule))
 
     def spent(multiplier: float) -> float:
         runs = [(multiplier * f, n) for f, n in model.noise_schedule.runs(model.num_steps)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dpsgd.accounting import epsilon_of
 from dpsgd.accounting.calibration import solve_rate, solve_steps
@@ -47,9 +48,13 @@ def privacy_plan(
         noise_multiplier=privacy.noise_multiplier,
         adjacency=privacy.adjacency,
         accountant=config.accountant.name,
-        noise_schedule=CONSTANT if schedule is None else Schedule(dict(schedule)),
+        noise_schedule=CONSTANT if schedule is None else Schedule(_plain(schedule)),
     )
     return given if solve is None else _solved(given, solve, privacy.target_epsilon)
+
+
+def _plain(setting: Any) -> Any:
+    return OmegaConf.to_container(setting) if OmegaConf.is_config(setting) else setting
 
 
 def _solved(plan: PrivacyPlan, solve: str, target_epsilon: float | None) -> PrivacyPlan:

@@ -23,6 +23,11 @@ class Schedule:
     factors: Mapping[int, float]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.factors, Mapping):
+            raise ValueError(
+                f"Expected a schedule as {{step: factor}}, such as {{0: 1.0, 30: 0.5}}, got "
+                f"{self.factors!r}."
+            )
         steps = list(self.factors)
         if not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in steps):
             raise ValueError(f"Expected a schedule of whole steps >= 0, got steps {steps}.")

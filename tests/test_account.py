@@ -77,6 +77,13 @@ def test_shuffling_is_said_to_be_dear(tmp_path):
         (["clipping.schedule={5:1.0}"], "starts at step 0"),
         (["privacy.noise_schedule={0:-1}"], "factor > 0"),
         (["clipping=adaptive", "clipping.quantile=1.5"], "quantile"),
+        (["clipping.schedule=3"], "schedule as {step: factor}"),
+        (["privacy.noise_schedule=[1,2]"], "schedule as {step: factor}"),
+        (["privacy.noise_multiplier=1e300"], "noise_multiplier <= 1000"),
+        (["privacy.target_epsilon=0.0001"], "noise_multiplier <= 1000"),
+        (["clipping=grouped", "clipping.patterns=3"], "clipping.patterns"),
+        (["clipping=grouped", "clipping.patterns={a:[1]}"], "clipping.patterns"),
+        (["clipping=grouped", "clipping.patterns={a:'*'}", "clipping.shares=2"], "clipping.shares"),
     ],
 )  # fmt: skip
 def test_bad_input_gives_one_message(arguments, words, tmp_path):

@@ -42,7 +42,8 @@ class TradeOff:
         rate = false_positive_rate
         if not 0 <= rate <= 1:
             raise ValueError(f"Expected 0 <= false_positive_rate <= 1, got {rate}.")
-        steep = 1 - self._deltas - np.exp(self._epsilons) * rate
+        with np.errstate(over="ignore", invalid="ignore"):  # what is too large bounds nothing
+            steep = np.nan_to_num(1 - self._deltas - np.exp(self._epsilons) * rate, nan=0.0)
         flat = np.exp(-self._epsilons) * (1 - self._deltas - rate)
         return float(max(0.0, steep.max(), flat.max()))
 

@@ -57,11 +57,15 @@ class Grouped(Clipping):
     def __post_init__(self) -> None:
         """Raises ValueError for senseless groups or shares."""
         super().__post_init__()
-        if not self.patterns:
+        patterns = self.patterns
+        named = isinstance(patterns, Mapping) and all(isinstance(p, str) for p in patterns.values())
+        if not patterns or not named:
             raise ValueError(
                 "Expected clipping.patterns with at least one group, such as "
-                "{embedding: 'embedding.*', rest: '*'}, got none."
+                f"{{embedding: 'embedding.*', rest: '*'}}, got {patterns!r}."
             )
+        if self.shares is not None and not isinstance(self.shares, Mapping):
+            raise ValueError(f"Expected clipping.shares as {{group: share}}, got {self.shares!r}.")
         shares = self.shares or dict.fromkeys(self.patterns, 1.0)
         if shares.keys() != self.patterns.keys():
             raise ValueError(
