@@ -51,8 +51,9 @@ def save_chart(result: TwoWorlds, claimed: TradeOff, path: Path) -> None:
         )  # fmt: skip
     axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="false positive rate", ylabel="false negative rate")
     axis.set_aspect("equal")
+    steps = "1 step" if result.steps == 1 else f"{result.steps} steps"
     axis.set_title(
-        f"epsilon {result.claimed:.2f} claimed for {result.steps} step(s), at least "
+        f"epsilon {result.claimed:.2f} claimed for {steps}, at least "
         f"{result.epsilon_gaussian:.2f} measured",
         fontsize=10,
     )
