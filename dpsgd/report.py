@@ -71,6 +71,7 @@ def final_report(
         "clipping": type(clipping).__name__,
         "clipping_guarantee": clipping.guarantee,
         "max_grad_norm": clipping.max_grad_norm,
+        "clipping_schedule": {str(s): f for s, f in (clipping.schedule or {0: 1.0}).items()},
         "sampling": sampler.describe(),
         "sample_rate": plan.sample_rate,
         "expected_batch_size": plan.expected_batch_size,

@@ -29,13 +29,13 @@ _COLORS = {
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dpsgd",
-    "font.size": 9,
+    "font.size": 9.5,
     "text.color": _INK,
     "axes.edgecolor": _LINE,
     "axes.labelcolor": _MUTED,
     "axes.titlecolor": _MUTED,
     "axes.titlelocation": "left",
-    "axes.titlesize": 9,
+    "axes.titlesize": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -79,10 +79,12 @@ def html_report(report: Mapping[str, Any], config: str) -> str:
             config=config,
             guarantee=_guarantee(report),
             sweep=report.get("sweep"),
-            noise=_noise(report),
+            noise=_by_step(report["noise_multiplier"], report["noise_schedule"]),
+            norms=_by_step(report["max_grad_norm"], report.get("clipping_schedule", {"0": 1.0})),
             metric=metric,
             metrics=metrics,
             routes=_routes(report["routes"]),
+            spent=_spent(report),
             spending=_spending(report),
             utility=_utility(history, metric),
         )
@@ -106,6 +108,8 @@ def _environment() -> Environment:
 
 
 # Figures in words
+
+_LARGEST = 700.0  # e to the power of more than that is no float
 
 
 def _up(value: float, digits: int = 3) -> str:
@@ -149,7 +153,9 @@ def _name(name: str) -> str:
 
 def _odds(probability: float) -> str:
     """A probability as 1 in n, never less than it is."""
-    inverse = 1 / probability
+    if probability <= 0:
+        return "0"
+    inverse = max(1.0, 1 / probability)
     whole = round(inverse)
     return f"1 in {whole if math.isclose(whole, inverse, rel_tol=1e-9) else int(inverse):,}"
 
@@ -171,23 +177,23 @@ def _guarantee(report: Mapping[str, Any]) -> dict[str, Any]:
         "epsilon": epsilon,
         "delta": delta,
         "changed": changed,
-        "factor": math.exp(min(epsilon, 700.0)),
+        "factor": math.exp(epsilon) if epsilon <= _LARGEST else None,
         "attacks": [(float(rate), power) for rate, power in found.items()],
     }
 
 
 def _most_found(false_positive_rate: float, epsilon: float, delta: float) -> float:
     """The most power of an attack under any (epsilon, delta) guarantee (Kairouz et al. 2015)."""
-    factor = math.exp(min(epsilon, 700.0))
+    factor = math.exp(min(epsilon, _LARGEST))
     by_accusing = factor * false_positive_rate + delta
     by_sparing = 1 - (1 - delta - false_positive_rate) / factor
     return min(1.0, by_accusing, by_sparing)
 
 
-def _noise(report: Mapping[str, Any]) -> list[tuple[int, float]]:
-    """The number of steps after which a noise multiplier holds, and the multiplier, in order."""
-    factors = {int(step): factor for step, factor in report["noise_schedule"].items()}
-    return [(step, report["noise_multiplier"] * factors[step]) for step in sorted(factors)]
+def _by_step(value: float, schedule: Mapping[str, float]) -> list[tuple[int, float]]:
+    """The number of steps after which a scheduled value holds, and the value, in order."""
+    factors = {int(step): factor for step, factor in schedule.items()}
+    return [(step, value * factors[step]) for step in sorted(factors)]
 
 
 def _routes(routes: Mapping[str, str]) -> list[tuple[str, list[str]]]:
@@ -198,16 +204,27 @@ def _routes(routes: Mapping[str, str]) -> list[tuple[str, list[str]]]:
     return sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
+def _spent(report: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """The steps at which epsilon was computed, as far as they were charged, and epsilon."""
+    curve, charged = report["epsilon_curve"], report["charged_steps"]
+    before = [point for point in zip(curve["steps"], curve["epsilons"]) if point[0] < charged]
+    return [*before, (charged, report["epsilon"])]
+
+
 # Pictures
 
 
-def _spending(report: Mapping[str, Any]) -> Markup:
-    """Epsilon against steps: of the steps charged, and dotted of those that the plan had left."""
-    curve = report["epsilon_curve"]
+def _spending(report: Mapping[str, Any]) -> Markup | None:
+    """Epsilon against steps: of the steps charged, and dotted of those that the plan had left.
+
+    None if an epsilon is infinite.
+    """
+    curve, spent = report["epsilon_curve"], _spent(report)
     planned = list(zip(curve["steps"], curve["epsilons"]))
-    end = (report["charged_steps"], report["epsilon"])
-    spent = [point for point in planned if point[0] < end[0]] + [end]
+    end = spent[-1]
     left = [end] + [point for point in planned if point[0] > end[0]]
+    if not all(math.isfinite(epsilon) for _, epsilon in [*spent, *left]):
+        return None
 
     def draw(axes: Axes) -> None:
         if len(left) > 1:
@@ -252,7 +269,7 @@ def _label(axes: Axes, at: tuple[float, float], text: str, *, right: bool, above
     axes.annotate(
         text,
         at,
-        xytext=(8 if right else 3, 8 if above else -7),
+        xytext=(8 if right else -6, 8 if above else -7),
         textcoords="offset points",
         ha="left" if right else "right",
         va="bottom" if above else "top",
@@ -279,14 +296,16 @@ def _svg(draw: Callable[[Axes], None], name: str, title: str) -> Markup:
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None
     label = Markup.escape(title)
-    text = f'<svg {box[0]} role="img" aria-label="{label}">{text[text.index(">") + 1 :]}'
+    opening = f'<svg {box[0]} role="img" aria-label="{label}"><title>{label}; on its axes:</title>'
+    text = opening + text[text.index(">") + 1 :]
     text = re.sub(r' id="([^"]*)"', rf' id="{name}-\1"', text)
     text = re.sub(r'(?:xlink:)?href="#([^"]*)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r"font: (?:(bold|\d+) )?([\d.]+)px [^;\"]*", _font, text)
     for color, of_page in _COLORS.items():
         text = text.replace(color, of_page)
-    return Markup(re.sub(r"\s*\n\s*", "\n", text).strip())
+    text = re.sub(r"\s*\n\s*", " ", text).strip()  # its words in one line for who reads no markup
+    return Markup(text)
 
 
 def _font(match: re.Match[str]) -> str:
