@@ -21,6 +21,7 @@ from dpsgd.auditing import (
     TwoWorlds,
     audit_one_run,
     audit_two_worlds,
+    check_runs,
     self_checks,
 )
 from dpsgd.auditing.chart import save_chart
@@ -76,6 +77,7 @@ def audit(config: DictConfig, console: Console) -> Audit:
         raise ValueError(f"Expected 0 < audit.confidence < 1, got {settings.confidence}.")
     if not settings.minutes > 0:
         raise ValueError(f"Expected audit.minutes > 0, got {settings.minutes}.")
+    check_runs(settings.runs, settings.steps)
     folder = _made(cli.run_path(settings.dir))
     trainer, _ = prepare(config, rng.fresh_key())
     noise = build(config, ("noise",))["noise"]

@@ -12,7 +12,7 @@ from dpsgd.auditing.bounds import (
 from dpsgd.auditing.one_run import OneRun, audit_one_run
 from dpsgd.auditing.self_checks import Check, self_checks
 from dpsgd.auditing.subject import Subject
-from dpsgd.auditing.two_worlds import TwoWorlds, audit_two_worlds
+from dpsgd.auditing.two_worlds import TwoWorlds, audit_two_worlds, check_runs
 
 __all__ = [
     "Check",
@@ -22,6 +22,7 @@ __all__ = [
     "TwoWorlds",
     "audit_one_run",
     "audit_two_worlds",
+    "check_runs",
     "epsilon_lower_bound",
     "measured_points",
     "mu_lower_bound",

@@ -58,6 +58,14 @@ class TwoWorlds:
     violated: list[Point]
 
 
+def check_runs(runs: int, steps: int) -> None:
+    """Raises ValueError for too few runs to tell anything, or no step."""
+    if runs < _LEAST_RUNS or steps < 1:
+        raise ValueError(
+            f"Expected audit.runs >= {_LEAST_RUNS} and audit.steps >= 1, got {runs} and {steps}."
+        )
+
+
 def audit_two_worlds(
     subject: Subject,
     *,
@@ -86,11 +94,8 @@ def audit_two_worlds(
         ValueError: If a number is out of range, or time is up before 50 pairs.
         KeyboardInterrupt: By Ctrl-C before 50 pairs.
     """
+    check_runs(runs, steps)
     steps = min(steps, subject.plan.num_steps)
-    if runs < _LEAST_RUNS or steps < 1:
-        raise ValueError(
-            f"Expected audit.runs >= {_LEAST_RUNS} and audit.steps >= 1, got {runs} and {steps}."
-        )
     if not seconds > 0:
         raise ValueError(f"Expected audit.minutes > 0, got {seconds / 60:g}.")
     plan = replace(subject.plan, num_steps=steps)
