@@ -142,7 +142,15 @@ def one_run_p_value(canaries: int, guesses: int, right: int, epsilon: float, del
         right: v <= r.
         epsilon: >= 0.
         delta: >= 0.
+
+    Raises:
+        ValueError: If not 0 <= right <= guesses <= canaries.
     """
+    if not 0 <= right <= guesses <= canaries:
+        raise ValueError(
+            "Expected 0 <= right <= guesses <= canaries, got "
+            f"{right}, {guesses} and {canaries}. Guess each canary at most once."
+        )
     rate = 1 / (1 + math.exp(-epsilon))
     if right == 0:
         return 1.0
@@ -174,11 +182,21 @@ def one_run_lower_bound(
         included: Whether it was in the run.
         delta: Of the guarantee.
         confidence: In (0, 1).
+
+    Raises:
+        ValueError: If there are fewer than two canaries, or confidence is out of range.
     """
+    if not 0 < confidence < 1:
+        raise ValueError(f"Expected 0 < confidence < 1, got {confidence}.")
+    if not len(scores) == len(included) >= 2:
+        raise ValueError(
+            "Expected a score and a coin for each of at least 2 canaries, got "
+            f"{len(scores)} scores and {len(included)} coins."
+        )
     order = np.argsort(np.asarray(scores, dtype=float), kind="stable")
     truth = np.asarray(included, dtype=bool)[order]
     count = len(truth)
-    sides = sorted({max(1, round(count / 2 * k / _GUESSES)) for k in range(1, _GUESSES + 1)})
+    sides = sorted({max(1, count * k // (2 * _GUESSES)) for k in range(1, _GUESSES + 1)})
     error = (1 - confidence) / len(sides)
     best = 0.0
     for side in sides:

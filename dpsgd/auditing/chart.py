@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from dpsgd.accounting import TradeOff
 from dpsgd.auditing.two_worlds import TwoWorlds
@@ -34,15 +36,17 @@ def save_chart(result: TwoWorlds, claimed: TradeOff, path: Path) -> None:
     axis.plot([0, 1], [1, 0], color=_GREY, linestyle=":", label="guessing")
     x = [p.false_positive_rate for p in result.points]
     y = [p.false_negative_rate for p in result.points]
-    errors = (
-        [p.false_positive_upper - p.false_positive_rate for p in result.points],
-        [p.false_negative_upper - p.false_negative_rate for p in result.points],
+    axis.plot(
+        x, y, "o", color=_COLOR, markersize=4.5, label=f"measured, {result.runs} runs per world"
     )
-    zeros = [0.0] * len(x)
-    axis.errorbar(
-        x, y, xerr=(zeros, errors[0]), yerr=(zeros, errors[1]), fmt="o", color=_COLOR,
-        markersize=5, linewidth=1, label=f"measured, {result.runs} runs per world, upper bounds",
-    )  # fmt: skip
+    for number, point in enumerate(result.points):
+        corner = point.false_positive_rate, point.false_negative_rate
+        width = point.false_positive_upper - point.false_positive_rate
+        height = point.false_negative_upper - point.false_negative_rate
+        words = "up to the upper confidence bounds" if number == 0 else None
+        box = Rectangle(corner, width, height, label=words, facecolor=(*to_rgb(_COLOR), 0.12))
+        box.set(edgecolor=_COLOR, linewidth=0.8)
+        axis.add_patch(box)
     if result.violated:
         axis.scatter(
             [p.false_positive_upper for p in result.violated],

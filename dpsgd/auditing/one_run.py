@@ -19,7 +19,8 @@ class OneRun:
     """What one run with many canaries shows. A report, never a gate: it is a weak test.
 
     Attributes:
-        canaries: How many there were, each in or out by a fair coin.
+        canaries: How many there were, each in or out by a fair coin. Where a unit can only be
+            replaced, the coin chooses between two units.
         steps: Steps of the run.
         claimed: Epsilon of the run at the plan's delta.
         epsilon: The lower bound.
@@ -58,11 +59,16 @@ def audit_one_run(
     if canaries < _LEAST:
         return None
     plan = replace(subject.plan, num_steps=min(steps, subject.plan.num_steps))
-    units = subject.units(canaries)
+    made = subject.units(2 * canaries if plan.adjacency == "replace_one" else canaries)
+    units, others = made[:canaries], made[canaries:]
     chosen = rng.uniforms(rng.fresh_key(), 0, canaries) > 0.5
     noise = subject.make_noise(rng.fresh_key())
-    trainer = subject.trainer(units[chosen], plan, noise, rng.fresh_key())
+    places = torch.arange(canaries)
+    rows = torch.where(chosen, places, places + canaries) if len(others) else places[chosen]
+    trainer = subject.trainer(made[rows], plan, noise, rng.fresh_key())
     gradients = subject.contributions(units, plan.clipping.at(0))
+    replaced = subject.contributions(others, plan.clipping.at(0))
+    gradients = gradients - replaced if len(others) else gradients
     projected, variance = torch.zeros(canaries, dtype=torch.float64), 0.0
     for step, (clipping, released) in enumerate(subject.releases(trainer)):
         projected += gradients @ released
@@ -70,7 +76,7 @@ def audit_one_run(
     drawn = plan.num_steps * plan.sample_rate  # how often a canary joins, on average
     likeness = gradients @ gradients.T
     penalty = 4 * variance / drawn**2  # a coin's own variance is 1/4
-    centred = projected / drawn - likeness.sum(1) / 2
+    centred = projected / drawn - gradients @ replaced.sum(0) - likeness.sum(1) / 2
     scores = torch.linalg.solve(likeness + penalty * torch.eye(canaries).double(), centred)
     found = one_run_lower_bound(scores.tolist(), chosen.tolist(), plan.target_delta, confidence)
     return OneRun(canaries, plan.num_steps, plan.epsilon(), found)

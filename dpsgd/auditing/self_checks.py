@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from dpsgd import rng
+from dpsgd.auditing.noise_law import looked_at, noise_p_values
 from dpsgd.auditing.subject import Subject, Units, flat, witness
 from dpsgd.sampling import Poisson, Sampler, Shuffled, TruncatedPoisson
 from dpsgd.schedules import CONSTANT
@@ -22,7 +23,8 @@ _NOISE = 0.05
 _TOLERANCE = 1e-5
 _ROUNDING = 1e-7
 _STEPS = 2000
-_UNITS = 50
+_UNITS = 400
+_SEED = 0
 _KEYS = 20_000
 
 
@@ -52,7 +54,7 @@ def sensitivity(subject: Subject) -> Check:
     """T1: one hostile unit more, or another one, moves a release by no more than is claimed.
 
     The release is the noised sum, and the statistic of a policy that learns its clip norm. Both
-    worlds have the same coins, by which the unit is drawn, and the same noise.
+    worlds have the same coins, by which the unit is drawn, the same noise, and the same dropout.
     """
     sampler = _likely(subject.plan.sampler)
     plan = replace(
@@ -77,8 +79,11 @@ def sensitivity(subject: Subject) -> Check:
     def released(units: Units) -> Tensor:
         noise = subject.make_noise(noise_key)
         kept = witness(noise)
-        for _ in subject.releases(subject.trainer(units, plan, noise, key)):
-            pass
+        trainer = subject.trainer(units, plan, noise, key)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            for _ in subject.releases(trainer):
+                pass
         return flat(kept[0].values())
 
     before, worst, worst_name = released(common), -1.0, "none"
@@ -97,7 +102,7 @@ def sensitivity(subject: Subject) -> Check:
 
 
 def noise_law(subject: Subject) -> Check:
-    """T2: every coordinate of releases over no data at all is N(0, (sigma C)^2).
+    """T2: every coordinate of releases over no data at all is N(0, (sigma C)^2), and new.
 
     Read from the gradients that the optimizer is given, times the public divisor.
     """
@@ -105,23 +110,24 @@ def noise_law(subject: Subject) -> Check:
     weights = list(subject.engine.parameters.values())
     step = plan.private_step(subject.engine, torch.optim.SGD(weights, lr=0.0), noise)
     step.num_steps = None  # the law may take more releases than the plan has
-    values: list[Tensor] = []
-    while sum(map(len, values)) < _COORDINATES:
+    releases: list[list[Tensor]] = []
+    while len(releases) < 2 or len(releases) * sum(map(len, releases[0])) < _COORDINATES:
         std = plan.noise_at(step.step) * step.clipping.at(step.step).sensitivity
         step.release()
-        gradients = flat(p.grad for p in weights if p.grad is not None)
-        values.append(gradients * (plan.expected_batch_size / std))
+        gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in weights]
+        releases.append([looked_at(g) * (plan.expected_batch_size / std) for g in gradients])
     step.optimizer.zero_grad(set_to_none=True)
-    sample = torch.cat(values)
-    total, count = float(sample.square().sum()), len(sample)
-    law = stats.chi2(count)
-    spread = float(2 * min(law.cdf(total), law.sf(total)))
-    shape = float(stats.kstest(sample.numpy(), "norm").pvalue)
+    parameters = [torch.stack(each) for each in zip(*releases, strict=True)]
+    found = noise_p_values(parameters)
+    sample = torch.cat([each.flatten() for each in parameters])
+    words = ", ".join(f"{name} {p:.2g}" for name, p in found.items())
     detail = (
-        f"{count} coordinates of releases without data have {math.sqrt(total / count):.4f} times "
-        f"the claimed standard deviation (p = {spread:.2g}; normal shape p = {shape:.2g})"
+        f"{len(sample)} coordinates of {len(releases)} releases without data have "
+        f"{float(sample.square().mean().sqrt()):.4f} times the claimed standard deviation "
+        f"(p-values: {words})"
     )
-    return Check("T2 noise law", min(spread, shape) > _ALARM, detail)
+    passed = all(p > _ALARM for p in found.values())  # False for NaN as well
+    return Check("T2 noise law", passed, detail)
 
 
 def sampler_law(sampler: Sampler) -> Check:
@@ -136,18 +142,29 @@ def sampler_law(sampler: Sampler) -> Check:
     units = max(_UNITS, math.ceil(min(2 / q, 1e6)))
     if isinstance(sampler, TruncatedPoisson):
         units = min(units, sampler.max_batch_size)  # below truncation it is Poisson
-    sizes = torch.tensor([len(sampler.sample(step, units)) for step in range(_STEPS)])
+    draws = [sampler.sample(step, units) for step in range(_STEPS)]
+    sizes = torch.tensor([len(drawn) for drawn in draws])
+    counts = torch.cat(draws).bincount(minlength=units)
     trials, drawn = units * _STEPS, int(sizes.sum())
     law = stats.binom(trials, q)
     rate = float(min(1.0, 2 * min(law.cdf(drawn), law.sf(drawn - 1))))
-    variance, expected = float(sizes.double().var()), units * q * (1 - q)
-    slack = 6 * math.sqrt(2 / _STEPS + 1 / max(_STEPS * expected, 1e-9))  # of binomial moments
-    steady = variance == 0 if q == 1 else abs(variance / expected - 1) < slack
+    sizes_vary = _varies(sizes, units, q)
+    counts_vary = _varies(counts, _STEPS, q)
     detail = (
         f"{drawn} of {trials} coins at rate {q:.6g} fell on in (p = {rate:.2g}); the batch size "
-        f"has variance {variance:.4g}, {expected:.4g} is claimed"
+        f"varies {sizes_vary[1]}, and how often a {sampler.unit} is drawn {counts_vary[1]}"
     )
-    return Check("T3 sampler law", rate > _ALARM and steady, detail)
+    return Check("T3 sampler law", rate > _ALARM and sizes_vary[0] and counts_vary[0], detail)
+
+
+def _varies(counts: Tensor, trials: int, q: float) -> tuple[bool, str]:
+    """Whether binomial counts have the variance that they should, and how they do, in words."""
+    if q == 1:
+        return bool((counts == trials).all()), "not at all, as it should"
+    variance = trials * q * (1 - q)
+    ratio = float((counts - trials * q).double().square().mean()) / variance
+    slack = 6 * math.sqrt((2 + 1 / variance) / len(counts))  # of binomial moments
+    return abs(ratio - 1) < slack, f"{ratio:.3g} times as much as claimed"
 
 
 def _shuffled_law(sampler: Shuffled) -> Check:

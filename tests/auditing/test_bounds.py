@@ -118,3 +118,25 @@ def test_guessing_shows_nothing():
     generator = np.random.default_rng(5)
     truth = generator.random(100) < 0.5
     assert one_run_lower_bound(generator.standard_normal(100), truth, 1e-5, 0.99) == 0
+
+
+def test_no_canary_is_guessed_twice():
+    """Of an odd number, one guessed both `in` and `out` would be right for certain."""
+    for count in range(2, 40):
+        truth = [i % 2 == 0 for i in range(count)]
+        assert one_run_lower_bound(range(count), truth, 0.0, 0.99) == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: one_run_p_value(10, 11, 5, 1.0, 0.0),
+        lambda: one_run_p_value(10, 5, 6, 1.0, 0.0),
+        lambda: one_run_lower_bound([1.0], [True], 0.0, 0.9),
+        lambda: one_run_lower_bound([1.0, 2.0], [True], 0.0, 0.9),
+        lambda: one_run_lower_bound([1.0, 2.0], [True, False], 0.0, 1.0),
+    ],
+)
+def test_senseless_one_run_audits_are_refused(call):
+    with pytest.raises(ValueError, match="Expected"):
+        call()

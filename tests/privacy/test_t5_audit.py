@@ -1,6 +1,7 @@
 """T5: an attacker on the shipped path measures what is claimed, and notices when it is not kept."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import worlds
 from dpsgd import accounting, clipping, engines
 from dpsgd.auditing import Subject, audit_one_run, audit_two_worlds, self_checks
 from dpsgd.noise import Gaussian
-from dpsgd.sampling import Poisson
+from dpsgd.sampling import Poisson, Shuffled
 
 RUNS = 1000
 NOISE = accounting.calibrate_noise_multiplier(
@@ -29,9 +30,16 @@ class Halved(Gaussian):
         super().add_(sums, std / 2, step, offsets)
 
 
-def subject(engine=engines.Hooks, **options):
+def dropping():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 4)
+    )
+    return model, *worlds.vectors()[1:]
+
+
+def subject(engine=engines.Hooks, build=worlds.vectors, **options):
     trainer, _ = worlds.trainer(
-        worlds.vectors,
+        build,
         engine,
         torch.float32,
         **{"noise_multiplier": NOISE, "steps": 2, "accountant": "pld", **options},
@@ -98,10 +106,31 @@ def test_the_one_run_bound_is_below_the_claim():
     assert 0 < result.epsilon <= result.claimed
 
 
+def test_one_run_swaps_units_where_units_are_replaced(monkeypatch):
+    """As many records in every world, so that no batch is shifted."""
+    made = subject(
+        adjacency="replace_one", sampler=Shuffled(expected_batch_size=6, public_size=worlds.SIZE)
+    )
+    sizes, original = [], Subject.trainer
+    monkeypatch.setattr(
+        Subject,
+        "trainer",
+        lambda self, units, *rest: sizes.append(len(units)) or original(self, units, *rest),
+    )
+    result = audit_one_run(made, canaries=11, steps=2, confidence=0.99)
+    assert sizes == [11]
+    assert 0 <= result.epsilon <= result.claimed
+
+
 def test_the_self_checks_hold():
     checks = {check.name: check for check in self_checks(subject(rate=0.2, noise_multiplier=1.0))}
     assert all(check.passed for check in checks.values()), checks
     assert len(checks) == 3
+
+
+@pytest.mark.parametrize("engine", [engines.Ghost, engines.Vmap, engines.Hooks, engines.Loop])
+def test_dropout_is_no_violation(engine):
+    assert failed(subject(engine, dropping)) == []
 
 
 def failed(made):
@@ -120,12 +149,71 @@ def test_t2_notices_five_percent_less_noise(monkeypatch):
     assert failed(subject()) == ["T2 noise law"]
 
 
+def test_t2_notices_one_parameter_without_noise(monkeypatch):
+    original = Gaussian.add_
+
+    def all_but_the_last(self, sums, std, *rest):
+        last = list(sums)[-1]
+        before = sums[last].clone()
+        original(self, sums, std, *rest)
+        sums[last].copy_(before)
+
+    monkeypatch.setattr(Gaussian, "add_", all_but_the_last)
+    assert failed(subject()) == ["T2 noise law"]
+
+
+def test_t2_notices_noise_used_twice(monkeypatch):
+    original = Gaussian.add_
+
+    def again(self, sums, std, step, offsets=None):
+        self._used.clear()
+        self._used_below = 0
+        original(self, sums, std, step // 2, offsets)
+
+    monkeypatch.setattr(Gaussian, "add_", again)
+    assert failed(subject()) == ["T2 noise law"]
+
+
+def test_t2_notices_parameters_that_share_their_noise(monkeypatch):
+    original = Gaussian.add_
+
+    def from_the_start(self, sums, std, step, offsets=None):
+        for name in sums:
+            self._used.clear()
+            self._used_below = 0
+            original(self, {name: sums[name]}, std, step)
+
+    monkeypatch.setattr(Gaussian, "add_", from_the_start)
+    assert failed(subject()) == ["T2 noise law"]
+
+
 def test_t3_notices_a_fixed_batch_size(monkeypatch):
     def fixed(self, step, stop, start=0):
         return torch.randperm(stop)[: round(self.rate * stop)].sort().values
 
     made = subject(rate=0.2, noise_multiplier=1.0)
     monkeypatch.setattr(Poisson, "sample", fixed)
+    assert "T3 sampler law" in failed(made)
+
+
+def test_t3_notices_records_that_are_drawn_more_often_than_others(monkeypatch):
+    original = Poisson.sample
+
+    def every_other(self, step, stop, start=0):
+        twice = replace(self, sample_rate=min(1.0, 2 * self.rate), expected_batch_size=None)
+        return original(twice, step, (stop + 1) // 2) * 2
+
+    made = subject(rate=0.1, noise_multiplier=1.0)
+    monkeypatch.setattr(Poisson, "sample", every_other)
+    assert "T3 sampler law" in failed(made)
+
+
+def test_t3_notices_coins_that_are_kept_for_two_steps(monkeypatch):
+    original = Poisson.sample
+    made = subject(rate=0.1, noise_multiplier=1.0)
+    monkeypatch.setattr(
+        Poisson, "sample", lambda self, step, stop, start=0: original(self, step // 2, stop)
+    )
     assert "T3 sampler law" in failed(made)
 
 
