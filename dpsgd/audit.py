@@ -26,7 +26,7 @@ from dpsgd.auditing import (
 )
 from dpsgd.auditing.chart import save_chart
 from dpsgd.components import build
-from dpsgd.train import prepare
+from dpsgd.preparation import assembled, prepare
 
 RESULTS = "audit.json"
 CHART = "tradeoff.png"
@@ -79,7 +79,7 @@ def audit(config: DictConfig, console: Console) -> Audit:
         raise ValueError(f"Expected audit.minutes > 0, got {settings.minutes}.")
     check_runs(settings.runs, settings.steps)
     folder = _made(cli.run_path(settings.dir))
-    trainer, _ = prepare(config, rng.fresh_key())
+    trainer, _ = prepare(config, assembled(config), rng.fresh_key())
     noise = build(config, ("noise",))["noise"]
     subject = Subject(trainer, lambda key: noise(key=key))
     with _progress(console) as progress:

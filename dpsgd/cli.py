@@ -21,7 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpsgd.config import config_dir, resolve
+from dpsgd.config import config_dir, resolve, typed_settings
+from dpsgd.run_directory import RunDirectory
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -72,6 +73,28 @@ def run_path(configured: str) -> Path:
         return Path(configured)
     name = re.sub(r"[^\w.,=+-]", "_", settings.job.override_dirname)[:150]
     return Path(settings.sweep.dir) / f"{settings.job.num}_{name}".rstrip("_")
+
+
+def resumed(config: DictConfig) -> DictConfig:
+    """Returns the configuration of the run that `resume` names, with what else was typed.
+
+    Raises:
+        ValueError: If there is no unfinished run, or a run.dir was typed as well.
+    """
+    overrides = HydraConfig.get().overrides.task
+    typed = [key for key, _ in typed_settings(overrides)]
+    if "run.dir" in typed:
+        raise ValueError("resume and run.dir exclude each other, and both are set: set one.")
+    run = RunDirectory(config.resume)
+    if not run.unfinished:
+        raise ValueError(f"Expected an unfinished run in '{config.resume}', got none.")
+    stored, key = run.config(), run.key()
+    for name in typed:
+        OmegaConf.update(stored, name, OmegaConf.select(config, name), merge=False)
+    stored.run.dir = config.resume
+    if stored.privacy.key is not None and key is not None:  # it was fixed, and is not in the file
+        stored.privacy.key = key.hex()
+    return resolve(stored, [])
 
 
 def _quoted(argument: str) -> str:

@@ -43,7 +43,7 @@ def resolve(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             both explicit.
     """
     config = _copy(config)
-    typed = dict(_typed(overrides))
+    typed = dict(typed_settings(overrides))
     solving = OmegaConf.select(config, "account.solve") is not None
     for pair in EXCLUSIVE[1:] if solving else EXCLUSIVE:  # to solve for steps takes both of these
         _decide(config, pair, typed)
@@ -128,8 +128,8 @@ def _merged(schema: DictConfig, section: DictConfig, prefix: str) -> Any:
         ) from error
 
 
-def _typed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(key, value) of each override; a dictionary as one pair per entry."""
+def typed_settings(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yields (key, value) of each override; a dictionary as one pair per entry."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         if override.is_delete():
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import time
 from abc import ABC, abstractmethod
@@ -20,6 +22,10 @@ class Logger(ABC):
         """Writes named scalars of a step."""
 
     @abstractmethod
+    def flush(self) -> None:
+        """Writes what is buffered."""
+
+    @abstractmethod
     def close(self) -> None:
         """Writes what is buffered and closes the files."""
 
@@ -36,14 +42,37 @@ class Logger(ABC):
 
 
 class JsonLines(Logger):
-    """One JSON object per step in a file."""
+    """One JSON object per step in a file.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+    Args:
+        path: The file.
+        lines: How many lines of an interrupted run are kept; what comes after them is cut off.
+    """
+
+    def __init__(self, path: Path, lines: int = 0) -> None:
+        self._file = path.open("a+b")
+        self._digest = hashlib.sha256()
+        self._file.seek(0)
+        kept = 0
+        for line in itertools.islice(self._file, lines):
+            self._digest.update(line)
+            kept += len(line)
+        self._file.truncate(kept)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole file."""
+        return self._digest.hexdigest()
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends {"step": ..., name: value, ...}."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        line = json.dumps({"step": step, **scalars}).encode() + b"\n"
+        self._digest.update(line)
+        self._file.write(line)
+
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
@@ -53,10 +82,11 @@ class JsonLines(Logger):
 class TensorBoard(Logger):
     """TensorBoard event files in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(log_dir=str(folder), max_queue=1000)
+        purge = step + 1 if step else None  # later steps of an interrupted run are not shown
+        self._writer = SummaryWriter(log_dir=str(folder), max_queue=1000, purge_step=purge)
         self._time = time.time()  # of all events alike: the time of a step tells the drawn size
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -64,9 +94,28 @@ class TensorBoard(Logger):
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step, walltime=self._time)
 
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Closes the writer."""
         self._writer.close()
+
+
+def history(path: Path) -> list[dict[str, float]]:
+    """Returns the evaluations in a metrics file: step, epsilon, test_loss, test_accuracy."""
+    rows = []
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                found = dict(json.loads(line))
+            except ValueError:  # damaged while the run was interrupted, which it was told
+                continue
+            test = {k.replace("/", "_"): v for k, v in found.items() if k.startswith("test/")}
+            if test:
+                rows.append({"step": found["step"], "epsilon": found["privacy/epsilon"], **test})
+    return rows
 
 
 def speed_scalar(steps: int, expected_batch_size: float, seconds: float) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -186,6 +187,42 @@ class PrivateStep:
             p.grad = sums[name].div_(self.expected_batch_size).to(p.dtype)
         self.optimizer.step()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the next step depends on, besides the keys of noise and sampling.
+
+        Public, being made from releases alone: steps, clip norm, parameters, buffers, optimizer.
+        """
+        return {
+            "step": self.step,
+            "max_grad_norm": self.clipping.max_grad_norm,
+            "model": _tensors_of(self.engine.model),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned.
+
+        Raises:
+            ValueError: If it is not the state of such a model and optimizer, or a step is under
+                way. Nothing is changed then.
+        """
+        if self._sums:
+            raise ValueError("A step is under way. Expected release() or discard() before loading.")
+        own, found = _tensors_of(self.engine.model), state["model"]
+        wrong = sorted(own.keys() ^ found.keys())
+        wrong += [n for n in own.keys() & found.keys() if not _alike(own[n], found[n])]
+        if wrong:
+            raise ValueError(f"Expected the state of this model, got another one of {wrong}.")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"Expected the state of this optimizer, got: {error}") from error
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(found[name])
+        self.step = state["step"]
+        self.clipping = replace(self.clipping, max_grad_norm=state["max_grad_norm"])
+
     def _check_budget(self) -> None:
         if self.num_steps is not None and self.step >= self.num_steps:
             raise ValueError(
@@ -206,6 +243,15 @@ class PrivateStep:
     def discard(self) -> None:
         """Forgets what has been accumulated since the last release. No noise is spent."""
         self._sums, self._statistic = {}, None
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, each once, those that are not saved usually included."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
 
 
 def _check_no_batch_statistics(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpsgd import rng
 from dpsgd.accounting import Releases, random_stopping_epsilon
-from dpsgd.run_directory import CONFIG, KEY, write_report
+from dpsgd.run_directory import CONFIG, KEY, destroy_key, write_report
 from dpsgd.sweeps import best_of
 
 _MAX_RUNS = 1_000_000
@@ -137,13 +137,21 @@ def run_candidates(
     if (path / CONFIG).exists():
         raise ValueError(f"Expected a new run directory, but '{path}' holds a run.")
     drawer = path / "private" / "candidates"
+    if drawer.exists():
+        raise ValueError(
+            f"Expected a new run directory, but '{path}' holds a sweep that was interrupted. How "
+            "many runs it had is secret, so it cannot go on: choose another run.dir."
+        )
     picks = rng.uniforms(rng.derive(key, "choices"), 0, count).mul(len(choices)).ceil().long() - 1
     reports = []
     for number, pick in enumerate(picks.tolist()):
         drawer.mkdir(parents=True, exist_ok=True)
         (path / "private").chmod(0o700)
         run_key = rng.derive(key, "run", number)
-        reports.append(train(choices[pick], drawer / str(number), run_key))
+        try:
+            reports.append(train(choices[pick], drawer / str(number), run_key))
+        finally:
+            destroy_key(drawer / str(number) / "private" / KEY)  # if it was interrupted
     best = best_of(reports)
     if best is None:
         raise ValueError(

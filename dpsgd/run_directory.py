@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dpsgd import rng
+from dpsgd import durable, rng
+from dpsgd.checkpoint import Checkpoints
 from dpsgd.ledger import Charged, Ledger, read
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 MODEL = "model.safetensors"
 CONFIG = "config.yaml"
@@ -21,42 +28,39 @@ METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
 LEDGER_KEY = "ledger_key"
 KEY = "key"
-
-
-class Run(NamedTuple):
-    """A finished run, read back.
-
-    Attributes:
-        model: The trained model, in eval mode on the CPU, in the dtype of the run.
-        config: The composed configuration, an OmegaConf dictionary.
-        report: The final figures and the guarantee, a plain dictionary.
-    """
-
-    model: nn.Module
-    config: Any
-    report: dict[str, Any]
+ATTEMPT = "attempt.json"
+CHECKPOINTS = "checkpoints"
 
 
 class RunDirectory:
-    """Creates and fills `runs/<name>/`.
+    """Creates, fills and reopens `runs/<name>/`.
 
-    Public: config.yaml, metrics.jsonl, ledger.jsonl, tensorboard/, model.safetensors, report.json
-    and report.html.
-    Private, mode 0700: private/, with the key (0600) until the run ends, the ledger's own key, and
-    diagnostics if they were asked for.
+    Public: config.yaml, metrics.jsonl, ledger.jsonl, checkpoints/, tensorboard/, model.safetensors,
+    report.json and report.html.
+    Private, mode 0700: private/, with the key (0600) and what is known of the attempt until the run
+    ends, the ledger's own key, and diagnostics if they were asked for.
 
     Raises:
-        ValueError: If the directory holds a run already, or cannot be written.
+        ValueError: If the directory holds a run that has ended.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.private = self.path / "private"
-        if (self.path / CONFIG).exists():
+        self.unfinished = (self.private / KEY).exists()
+        if not self.unfinished and any((self.path / f).exists() for f in (CONFIG, LEDGER)):
             raise ValueError(
-                f"Expected a new run directory, but '{self.path}' holds a run. Choose another "
-                "run.dir, or remove it."
+                f"Expected a new run directory or one to go on with, but '{self.path}' holds a run "
+                "that has ended. Choose another run.dir, or remove it."
             )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the directory if it is new, and holds it against every other process.
+
+        Raises:
+            ValueError: If another process works in it, or it cannot be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.private.mkdir(mode=0o700, exist_ok=True)
@@ -65,44 +69,146 @@ class RunDirectory:
             raise ValueError(
                 f"Expected a directory that can be written, got '{self.path}': {error.strerror}."
             ) from error
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(durable.locked(self.private))
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"Expected one process per run, but another one works in '{self.path}'. Wait "
+                    "for it, or choose another run.dir."
+                ) from error
+            if (self.private / KEY).exists() != self.unfinished:
+                raise ValueError(
+                    f"Another process has begun or ended a run in '{self.path}'. Try again."
+                )
+            durable.remove_leftovers(self.path)
+            durable.remove_leftovers(self.private)
+            yield
 
-    def keep_key(self, key: bytes) -> None:
-        """Stores the run's key where only its owner can read it."""
-        _write_secret(self._key, key)
+    def begin(self, key: bytes, record: Mapping[str, Any], config: str) -> None:
+        """Stores what an attempt needs where only its owner can read it, and the configuration.
 
-    def ledger(self, key: bytes, plan: Mapping[str, Any]) -> Ledger:
-        """Returns a new ledger.jsonl, its own key kept in private/: it reveals no noise."""
-        derived = rng.derive(key, "ledger")
-        _write_secret(self.private / LEDGER_KEY, derived)
-        return Ledger(self.path / LEDGER, derived, plan)
+        Args:
+            key: The attempt's key.
+            record: What is known of the attempt, plain values.
+            config: The resolved configuration as YAML, without a key.
+        """
+        if not (self.private / LEDGER_KEY).exists():
+            self._write_secret(LEDGER_KEY, rng.derive(key, "ledger").hex())
+        self._write_secret(KEY, key.hex())
+        text = json.dumps({**record, **self.place()})
+        self._write_secret(ATTEMPT, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n")
+        durable.write(self.path / CONFIG, config.encode())
 
-    def destroy_key(self) -> None:
-        """Overwrites and removes the key: without it, nobody can subtract the noise."""
-        if self._key.exists():
-            with self._key.open("r+b") as file:
-                file.write(b"\0" * self._key.stat().st_size)
-                file.flush()
-                os.fsync(file.fileno())
-            self._key.unlink()
+    def key(self) -> bytes | None:
+        """Returns the attempt's key, None if it is gone or damaged."""
+        return _secret(self.private / KEY)
 
-    def save_config(self, text: str) -> None:
-        """Writes config.yaml."""
-        (self.path / CONFIG).write_text(text, encoding="utf-8")
+    def record(self) -> dict[str, Any]:
+        """Returns what `begin` stored of the attempt, nothing if it is gone or damaged."""
+        try:
+            digest, text, _ = (self.private / ATTEMPT).read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError):
+            return {}
+        good = hashlib.sha256(text.encode()).hexdigest() == digest
+        return dict(json.loads(text)) if good else {}
+
+    def place(self) -> dict[str, Any]:
+        """Returns what tells this directory from a copy of it: a copy has another of both."""
+        inode = self.private.stat().st_ino if self.private.exists() else 0
+        return {"path": str(self.path.resolve()), "inode": inode}
+
+    def config(self) -> DictConfig:
+        """Returns the configuration of the run.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        from dpsgd.saved_run import read_config
+
+        return read_config(self.path / CONFIG)
+
+    def new_ledger(self, plan: Mapping[str, Any]) -> Ledger:
+        """Returns a ledger for a run that charged nothing yet, in place of any there is."""
+        (self.path / LEDGER).unlink(missing_ok=True)
+        return Ledger(self.path / LEDGER, self._ledger_key(), plan)
+
+    def ledger(self, attempt: int) -> Ledger:
+        """Returns the ledger of the run, to go on with it."""
+        return Ledger.resumed(self.path / LEDGER, self._ledger_key(), attempt)
+
+    def charged_so_far(self, head: str | None) -> Charged | None:
+        """Returns what the ledger says, None without a ledger or with nothing but a torn line.
+
+        Args:
+            head: The HMAC of a line that must be there.
+
+        Raises:
+            ValueError: If the ledger is damaged, was edited or cut.
+        """
+        path = self.path / LEDGER
+        if head is None and not (path.exists() and b"\n" in path.read_bytes()):
+            return None
+        return read(path, self._ledger_key(), head)
+
+    def checkpoints(self) -> Checkpoints:
+        """Returns the run's checkpoints."""
+        return Checkpoints(self.path / CHECKPOINTS, self._ledger_key())
 
     def save_model(self, model: nn.Module) -> None:
         """Writes model.safetensors, tied parameters once."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_model
 
-        save_model(model, str(self.path / MODEL))
-        (self.path / MODEL).chmod((self.path / CONFIG).stat().st_mode & 0o666)
+        target = self.path / f"{durable.MARK}{MODEL}"
+        try:
+            save_model(model, str(target))
+            durable.write(self.path / MODEL, target.read_bytes())
+        except SafetensorError as error:  # of an input or output error
+            raise OSError(errno.EIO, str(error), str(self.path / MODEL)) from error
+        finally:
+            target.unlink(missing_ok=True)
 
     @property
-    def _key(self) -> Path:
-        return self.private / KEY
+    def ended(self) -> bool:
+        """Whether the ledger says that the run ended, though its key is still there."""
+        charged = self.charged_so_far(None) if self.unfinished else None
+        return charged is not None and charged.ended
+
+    def finish(self) -> None:
+        """Destroys the key, without which nobody can subtract the noise, and ends the attempt."""
+        (self.private / ATTEMPT).unlink(missing_ok=True)
+        destroy_key(self.private / KEY)
+
+    def _ledger_key(self) -> bytes:
+        key = _secret(self.private / LEDGER_KEY)
+        if key is None:
+            raise ValueError(
+                f"Expected the ledger's key in '{self.private / LEDGER_KEY}', got none that is "
+                "whole: without it nothing of this run can be trusted. Start anew in another "
+                "run.dir; what was spent stays spent."
+            )
+        return key
+
+    def _write_secret(self, name: str, text: str) -> None:
+        durable.write(self.private / name, text.encode(), durable.SECRET)
+
+
+def destroy_key(path: Path) -> None:
+    """Overwrites and removes a key, if it is there."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.write(b"\0" * path.stat().st_size)
+            file.flush()
+            os.fsync(file.fileno())
+        path.unlink()
 
 
 def write_report(path: Path, report: Mapping[str, Any], config: str) -> None:
     """Writes report.json and report.html of a run.
+
+    The JSON holds the SHA-256 of the model, of the configuration and of itself, so that no damaged
+    file is taken for the run's.
 
     Args:
         path: The run's directory.
@@ -111,8 +217,32 @@ def write_report(path: Path, report: Mapping[str, Any], config: str) -> None:
     """
     from dpsgd.report_html import html_report
 
-    (path / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (path / PAGE).write_text(html_report(report, config), encoding="utf-8")
+    files = {name: _sha256(path / name) for name in (MODEL, CONFIG)}
+    whole = {**report, "files": files}
+    whole["sha256"] = _report_digest(whole)
+    durable.write(path / REPORT, (json.dumps(whole, indent=2) + "\n").encode())
+    durable.write(path / PAGE, html_report(report, config).encode())
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Returns the final report of a run directory, if it and the files that it names are whole.
+
+    Raises:
+        ValueError: If a file is missing, damaged or not the one that the report was written for.
+    """
+    try:
+        report = json.loads((path / REPORT).read_text(encoding="utf-8"))
+        whole = report["sha256"] == _report_digest(report)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Expected a readable report in '{path / REPORT}', got: {error}"
+        ) from error
+    if not whole:
+        raise ValueError(f"Expected the report as it was written, but '{path / REPORT}' differs.")
+    for name, digest in report["files"].items():
+        if _sha256(path / name) != digest:
+            raise ValueError(f"Expected the file of this run, but '{path / name}' is another one.")
+    return dict(report)
 
 
 def charged(path: str | Path) -> Charged:
@@ -123,63 +253,28 @@ def charged(path: str | Path) -> Charged:
     """
     folder = Path(path).expanduser()
     secret = folder / "private" / LEDGER_KEY
-    try:
-        key = bytes.fromhex(secret.read_text(encoding="utf-8")) if secret.exists() else None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Expected a readable key in '{secret}'.") from error
+    key = _secret(secret)
+    if key is None and secret.exists():
+        raise ValueError(f"Expected a readable key in '{secret}'.")
     return read(folder / LEDGER, key)
 
 
-def _write_secret(path: Path, key: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(key.hex())
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a model.safetensors into a model.
-
-    Raises:
-        ValueError: If the file is missing, broken, or does not fit the model.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_model
-
+def _secret(path: Path) -> bytes | None:
     try:
-        load_model(model, str(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"Expected weights of this model in '{path}', got: {str(error).strip()}"
-        ) from error
+        key = bytes.fromhex(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return key if len(key) == rng.KEY_BYTES else None
 
 
-def load_run(path: str | Path) -> Run:
-    """Returns (model, config, report) of a finished run.
-
-    The model is built anew from the run's configuration and gets the trained weights.
-
-    Args:
-        path: The run's directory, `runs/<name>`.
-
-    Raises:
-        ValueError: If there is no finished run, or its files are broken.
-    """
-    from omegaconf import DictConfig, OmegaConf
-
-    from dpsgd.components import build_model
-    from dpsgd.placement import Placement
-
-    folder = Path(path).expanduser()
-    missing = [name for name in (CONFIG, REPORT, MODEL) if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"Expected a finished run in '{folder}', but {missing} is missing.")
+def _sha256(path: Path) -> str:
     try:
-        config = OmegaConf.load(folder / CONFIG)
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except Exception as error:
-        raise ValueError(f"Expected readable files in '{folder}', got: {error}") from error
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"Expected settings in '{folder / CONFIG}', got a list.")
-    model = Placement.from_names("cpu", config.dtype).model(build_model(config))
-    load_weights(model, folder / MODEL)
-    return Run(model.eval(), config, report)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"Expected a file '{path}': {error.strerror}.") from error
+
+
+def _report_digest(report: Mapping[str, Any]) -> str:
+    """SHA-256 of a report but for its time, so that runs with equal results have equal ones."""
+    rest = {name: value for name, value in report.items() if name not in ("sha256", "seconds")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

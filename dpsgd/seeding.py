@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from typing import Any
@@ -36,6 +37,21 @@ def seed_everything(seed: int, env: Any = None) -> None:
     torch.backends.cudnn.benchmark = False
     if env is not None:
         _seed_environment(env, seed)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seeds Python, NumPy and PyTorch for one step of a run: dropout, and whatever else is random.
+
+    So a step's random numbers are a function of (seed, step), not of how often the steps before it
+    drew some, which the sizes of private batches decide.
+    """
+    import numpy as np
+
+    words = hashlib.sha256(f"step {step} of seed {seed}".encode()).digest()
+    number = int.from_bytes(words[:4], "big")
+    random.seed(words)
+    np.random.seed(number)
+    torch.manual_seed(int.from_bytes(words[4:12], "big"))
 
 
 def _seed_environment(env: Any, seed: int) -> None:

@@ -50,6 +50,14 @@ class Run:
 
 
 @dataclass
+class Checkpointing:
+    """`checkpoint.*`."""
+
+    every: int | None = 20
+    allow_new_data: bool = False
+
+
+@dataclass
 class Bench:
     """`bench.*`."""
 
@@ -103,6 +111,7 @@ class Scalars:
     seed: int = 0
     debug: bool = False
     ledger: str | None = None
+    resume: str | None = None
 
 
 SECTIONS: dict[str, type] = {
@@ -114,6 +123,7 @@ SECTIONS: dict[str, type] = {
     "audit": Audit,
     "sweep": Sweep,
     "run": Run,
+    "checkpoint": Checkpointing,
     "bench": Bench,
 }
 """Sections of plain settings, by name."""

@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-import time
+import shlex
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from dpsgd import checks, cli, rng
+from dpsgd import cli, resuming, rng
 from dpsgd.accounting import Releases
 from dpsgd.components import build
-from dpsgd.config import fixed_key, placement, redacted
-from dpsgd.data import Dataset
-from dpsgd.ledger import Ledger
-from dpsgd.loggers import (
-    JsonLines,
-    Logger,
-    TensorBoard,
-    private_scalars,
-    public_scalars,
-    speed_scalar,
-)
-from dpsgd.losses import PerUser
+from dpsgd.config import fixed_key, placement
 from dpsgd.planning import privacy_plan
+from dpsgd.preparation import assembled, prepare
 from dpsgd.random_stopping import run_candidates
-from dpsgd.report import banner, caution, final_report, summary
-from dpsgd.run_directory import (
-    METRICS,
-    RunDirectory,
-    charged,
-    load_weights,
-    write_report,
-)
-from dpsgd.sampling import UserPoisson
-from dpsgd.seeding import seed_everything
-from dpsgd.trainer import StepReport, Trainer
+from dpsgd.report import banner, caution, summary
+from dpsgd.run_directory import RunDirectory, read_report
+from dpsgd.running import run_to_end
 
+_HALVED = "A physical batch did not fit into the memory. It has {} rows from now on."
 _KEY_FIXED = "privacy.key is fixed: whoever knows it can subtract the noise."
 
 
@@ -56,156 +32,71 @@ def train(
 ) -> dict[str, Any]:
     """Trains as the configuration says and returns the final report.
 
-    Everything is checked before the run directory is made and before a record is used.
+    Everything is checked before the run directory is made and before a record is used. In the
+    directory of an unfinished run, that run goes on.
 
     Args:
         config: A resolved configuration.
         path: The run's directory.
         console: Where the progress and the summary go.
-        key: The run's key; by default the configuration's, or a fresh one.
+        key: The key of a new run; by default the configuration's, or a fresh one.
 
     Raises:
-        ValueError: If the configuration, the data or the model is unsound.
+        ValueError: If the configuration, the data or the model is unsound, the run cannot go on, or
+            its files cannot be written.
     """
-    fixed = fixed_key(config)
-    not_private = [] if fixed is None else [_KEY_FIXED]
-    key = key or fixed or rng.fresh_key()
-    trainer, passed = prepare(config, key)
+    run = RunDirectory(path)
+    fixed_key(config)
+    if run.unfinished:
+        with run.held():
+            if run.ended:  # it was killed between its last line and this
+                run.finish()
+                console.print(f"The run in '{run.path}' had ended; its key is destroyed now.")
+                return read_report(run.path)
+            return _in_directory(config, run, console, key)
+    return _in_directory(config, run, console, key)
+
+
+def _in_directory(
+    config: DictConfig, run: RunDirectory, console: Console, key: bytes | None
+) -> dict[str, Any]:
+    not_private = [] if config.privacy.key is None else [_KEY_FIXED]
+    place, parts = placement(config), assembled(config)
+    start = resuming.started(run, config, parts["data"], place.device, key)
+    trainer, passed = prepare(config, parts, start.streams)
+    if start.charged is not None:
+        resuming.check_plan(trainer.plan, start.charged)
+    if start.replays and start.checkpoint is not None:
+        trainer.physical_batch_size = start.checkpoint.facts["physical_batch_size"]
+        trainer.step.engine.choices.made.update(start.checkpoint.facts["choices"])
+        trainer.step.engine.choices.final = True
+    else:
+        asked = trainer.physical_batch_size
+        trainer.warm_up()
+        if trainer.physical_batch_size < min(asked, trainer.plan.sampler.largest_batch()):
+            console.print(caution(_HALVED.format(trainer.physical_batch_size)))
     if not_private:
         console.print(banner(not_private))
     if trainer.plan.sampler.caution is not None:
         console.print(caution(trainer.plan.sampler.caution))
-    run = RunDirectory(path)
-    run.keep_key(key)
-    try:
-        run.save_config(redacted(config))
-        ledger = run.ledger(key, trainer.plan.describe())
-        report = _train(trainer, run, ledger, config, console, not_private, passed)
-    finally:
-        run.destroy_key()
-    console.print(summary(report, str(path)))
+    for note in start.notes:
+        console.print(caution(note))
+    with nullcontext() if run.unfinished else run.held():
+        try:
+            report = run_to_end(trainer, run, start, config, console, not_private, passed)
+        except OSError as error:
+            raise ValueError(
+                f"Cannot write '{error.filename or run.path}': {error.strerror or error}. Mend "
+                f"that, then go on with: {_command(run.path)}"
+            ) from error
+    console.print(summary(report, str(run.path)))
+    if report["interrupted"]:
+        console.print(f"Go on with: {_command(run.path)}", soft_wrap=True, highlight=False)
     return report
 
 
-def prepare(config: DictConfig, key: bytes) -> tuple[Trainer, checks.Preflight]:
-    """Returns a trainer with everything that a run needs, built and checked, and what was found.
-
-    Args:
-        config: A resolved configuration.
-        key: The run's key.
-
-    Raises:
-        ValueError: If the configuration, the data or the model is unsound.
-    """
-    place = placement(config)
-    seed_everything(config.seed)
-    parts = build(config)
-    data = parts["data"]
-    if not isinstance(data, Dataset):
-        raise ValueError(f"Expected data to be a dpsgd.data.Dataset, got {type(data).__name__}.")
-    model = place.model(parts["model"])
-    if config.model.init_from is not None:
-        load_weights(model, config.model.init_from)
-    plan = privacy_plan(config, parts["sampler"](key=rng.derive(key, "sampler")), parts["clipping"])
-    loss_fn, batch = parts["loss"], checks.synthetic_batch(data, 4)
-    if isinstance(plan.sampler, UserPoisson):
-        loss_fn = PerUser(loss_fn)
-        batch = checks.synthetic_users(data, 4, plan.sampler.records_per_user)
-    engine = parts["engine"](model, loss_fn)
-    passed = checks.preflight(engine, place.batch(batch))
-    plan.clipping.groups(list(engine.parameters))
-    optimizer = parts["optimizer"](list(engine.parameters.values()))
-    noise = parts["noise"](key=rng.derive(key, "noise"))
-    trainer = Trainer(
-        plan.private_step(engine, optimizer, noise),
-        data,
-        plan,
-        physical_batch_size=config.trainer.physical_batch_size,
-        evaluate_every=config.trainer.evaluate_every,
-    )
-    return trainer, passed
-
-
-def _train(
-    trainer: Trainer,
-    run: RunDirectory,
-    ledger: Ledger,
-    config: DictConfig,
-    console: Console,
-    not_private: list[str],
-    passed: checks.Preflight,
-) -> dict[str, Any]:
-    """Runs the trainer to its end or to Ctrl-C; saves the model either way."""
-    with console.status("accounting: epsilon of every step"):
-        trainer.plan.spent(1)
-    start = time.perf_counter()
-    test: dict[str, float] = {}
-    history: list[dict[str, float]] = []
-    public, private = _loggers(run, config)
-    interrupted = False
-    with public[0], public[1], _progress(console) as progress:
-        task = progress.add_task("training", total=trainer.plan.num_steps, status="")
-        try:
-            for report in trainer.run(ledger):
-                test.update(report.test)
-                if report.test:
-                    row = {"step": report.step, "epsilon": report.epsilon, **report.test}
-                    history.append(row)
-                for logger in public:
-                    logger.log(report.step, public_scalars(report))
-                for logger in private:
-                    logger.log(report.step, private_scalars(report))
-                progress.update(task, completed=report.step, status=_status(report, test))
-        except KeyboardInterrupt:
-            interrupted = True
-        steps, seconds = trainer.step.step, time.perf_counter() - start
-        for logger in public:
-            logger.log(steps, speed_scalar(steps, trainer.plan.expected_batch_size, seconds))
-    for logger in private:
-        logger.close()
-    ledger.end(steps)
-    final = final_report(
-        trainer.plan,
-        charged(run.path),
-        trainer.step.engine,
-        passed.routes,
-        steps_taken=steps,
-        history=history,
-        seconds=seconds,
-        interrupted=interrupted,
-        not_private=not_private,
-    )
-    run.save_model(trainer.step.engine.model)
-    write_report(run.path, final, redacted(config))
-    return final
-
-
-def _loggers(run: RunDirectory, config: DictConfig) -> tuple[list[Logger], list[Logger]]:
-    public: list[Logger] = [JsonLines(run.path / METRICS)]
-    public.append(TensorBoard(run.path / "tensorboard"))
-    if not config.logger.diagnostics:
-        return public, []
-    return public, [
-        JsonLines(run.private / "diagnostics.jsonl"),
-        TensorBoard(run.private / "tensorboard"),
-    ]
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _status(report: StepReport, test: dict[str, float]) -> str:
-    accuracy = f", accuracy {test['test_accuracy']:.1%}" if "test_accuracy" in test else ""
-    return f"epsilon <= {report.epsilon:.2f}{accuracy}"
+def _command(path: Path) -> str:
+    return f"python -m dpsgd.train resume={shlex.quote(str(path))}"
 
 
 def train_best(config: DictConfig, path: Path, console: Console) -> dict[str, Any]:
@@ -248,6 +139,8 @@ def main() -> None:
     console = Console()
 
     def task(config: DictConfig) -> None:
+        if config.resume is not None:
+            config = cli.resumed(config)
         path = cli.run_path(config.run.dir)
         start = _kinds_of_sweep().get(config.sweep.kind)
         if start is None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from dpsgd import rng
+from dpsgd.checks import restored, synthetic_batch, synthetic_users
 from dpsgd.data import Dataset, Users
 from dpsgd.engines import Batch
 from dpsgd.engines.batch import map_tensors
+from dpsgd.engines.memory import is_out_of_memory
 from dpsgd.evaluate import evaluate
 from dpsgd.ledger import Ledger
 from dpsgd.losses import PerUser
@@ -20,6 +22,7 @@ from dpsgd.placement import Placement
 from dpsgd.plan import PrivacyPlan
 from dpsgd.private_step import Contribution, PrivateStep
 from dpsgd.sampling import Sampler, UserPoisson
+from dpsgd.seeding import seed_step
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Trainer:
         data: Training records, and test records to evaluate on.
         plan: What is sampled, released and accounted for.
         physical_batch_size: Rows in memory at once.
+        seed: Seeds what is random in a step, dropout for example, by (seed, step): the step can
+            then be repeated exactly. None leaves PyTorch's generators alone.
         evaluate_every: Steps between evaluations on the test records; the last step always is.
 
     Raises:
@@ -69,6 +74,7 @@ class Trainer:
         *,
         physical_batch_size: int,
         evaluate_every: int = 10,
+        seed: int | None = None,
     ) -> None:
         if physical_batch_size < 1:
             raise ValueError(f"Expected physical_batch_size >= 1, got {physical_batch_size}.")
@@ -82,6 +88,7 @@ class Trainer:
         self.plan = plan
         self.physical_batch_size = physical_batch_size
         self.evaluate_every = evaluate_every
+        self.seed = seed
         self.draw_from(data)
         if isinstance(plan.sampler, UserPoisson) != isinstance(step.engine.loss_fn, PerUser):
             raise ValueError(
@@ -98,7 +105,48 @@ class Trainer:
             key = rng.derive(sampler.key, "records of users")
             self._users = Users(data, sampler.records_per_user, key)
 
-    def run(self, ledger: Ledger | None = None) -> Iterator[StepReport]:
+    def warm_up(self) -> None:
+        """Runs one physical batch of made-up records, and takes the engine's choices as final.
+
+        What is too large for the memory is found here, before any privacy is spent: then the
+        physical batch is halved, once. The result stays the same but for rounding.
+
+        Raises:
+            ValueError: If half of it is too large as well.
+        """
+        try:
+            self._try_physical_batch()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            full = self._rows_at_once()
+            self.physical_batch_size = max(1, full // 2)
+            try:
+                self._try_physical_batch()
+            except Exception as again:
+                if not is_out_of_memory(again):
+                    raise
+                raise ValueError(
+                    f"Expected memory for a physical batch, but neither {full} nor "
+                    f"{self.physical_batch_size} rows fit. Lower trainer.physical_batch_size."
+                ) from again
+        self.step.engine.choices.final = True
+
+    def _try_physical_batch(self) -> None:
+        size, sampler = self._rows_at_once(), self.plan.sampler
+        if isinstance(sampler, UserPoisson):
+            batch = synthetic_users(self.data, size, sampler.records_per_user)
+        else:
+            batch = synthetic_batch(self.data, size, padded=False)
+        place = Placement.of(self.step.engine.model)
+        with restored(self.step.engine.model):
+            self.step.accumulate(place.batch(batch), torch.ones(size, device=place.device))
+        self.step.discard()
+
+    def _rows_at_once(self) -> int:
+        return min(self.physical_batch_size, self.plan.sampler.largest_batch())
+
+    def run(self, ledger: Ledger | None = None, until: int | None = None) -> Iterator[StepReport]:
         """Yields a report after each step; ends at the plan's last step, its budget.
 
         Leaving the loop early, by an exception or Ctrl-C, discards the unfinished step; it stays
@@ -106,14 +154,18 @@ class Trainer:
 
         Args:
             ledger: Where each step is charged before it draws.
+            until: An earlier last step.
         """
+        last = self.plan.num_steps if until is None else min(until, self.plan.num_steps)
         try:
-            while self.step.step < self.plan.num_steps:  # whoever else releases is counted too
+            while self.step.step < last:  # whoever else releases is counted too
                 number = self.step.step
+                if self.seed is not None:
+                    seed_step(self.seed, number)
                 if ledger is not None:
                     ledger.intend(number, self.plan.noise_at(number))
                 private = self._take(number)
-                yield self._report(self.step.step, private)
+                yield self._report(self.step.step, last, private)
         finally:
             self.step.discard()
 
@@ -130,7 +182,7 @@ class Trainer:
         return _diagnostics(contributions, len(drawn))
 
     def _physical_batches(self, drawn: Tensor, number: int) -> Iterator[tuple[Batch, Tensor]]:
-        size = min(self.physical_batch_size, self.plan.sampler.largest_batch())
+        size = self._rows_at_once()
         users = self._users
         rows, present = (drawn, None) if users is None else users.choose(drawn, number)
         for part in torch.arange(len(drawn)).split(size) if len(drawn) else ():
@@ -142,8 +194,8 @@ class Trainer:
             mask = torch.arange(size) < len(part)
             yield map_tensors(partial(_pad, rows=missing), batch), mask
 
-    def _report(self, step: int, private: Mapping[str, float]) -> StepReport:
-        due = step % self.evaluate_every == 0 or step == self.plan.num_steps
+    def _report(self, step: int, last: int, private: Mapping[str, float]) -> StepReport:
+        due = step % self.evaluate_every == 0 or step == last
         engine = self.step.engine
         return StepReport(
             step=step,

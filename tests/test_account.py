@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from test_train import command
+from command_line import command
 
 from dpsgd import accounting, ledger
 from dpsgd.run_directory import charged

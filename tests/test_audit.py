@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from test_train import command, environment
+from command_line import command, environment
 
 SMALL = ("model=linear", "engine=vmap", "device=cpu", "trainer.num_steps=2", "audit.runs=60",
          "audit.canaries=20", "audit.dir=a", "seed=1")  # fmt: skip

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import command, environment
 from hydra import compose, initialize_config_dir
-from test_train import command, environment
 
 from dpsgd.config import config_dir, resolve
 

@@ -1,18 +1,15 @@
 """`python -m dpsgd.train`, through the real command line."""
 
 import json
-import os
 import shutil
 import signal
 import stat
-import subprocess
-import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Running, command
 from safetensors.torch import load_file
 
 import dpsgd
@@ -20,25 +17,6 @@ from dpsgd.rng import fresh_key
 
 KEY = "privacy.key='" + "ab" * 32 + "'"
 SHORT = ("trainer.num_steps=3", "device=cpu")
-
-
-def environment(**extra):
-    root = Path(dpsgd.__file__).parent.parent
-    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **extra}
-
-
-def command(*arguments, cwd, module="dpsgd.train", check=True):
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
 
 
 def everything_below(folder):
@@ -57,6 +35,7 @@ def test_a_run_leaves_what_it_promises(finished):
     run, _ = finished
     names = {path.name for path in run.iterdir()}
     assert names == {
+        "checkpoints",
         "config.yaml",
         "ledger.jsonl",
         "metrics.jsonl",
@@ -302,31 +281,46 @@ def test_an_error_does_not_show_the_key(tmp_path):
     assert key not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_the_model_and_destroys_the_key(sent, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dpsgd.train", "run.dir=r", "trainer.num_steps=5000", "model=linear",
-         "accountant=rdp"],
-        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # not ignored
-    )  # fmt: skip
-    metrics = tmp_path / "r" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size > 0):
-        time.sleep(0.1)
-    assert (tmp_path / "r" / "private" / "key").exists()
-    assert stat.S_IMODE((tmp_path / "r" / "private" / "key").stat().st_mode) == 0o600
-    process.send_signal(sent)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    report = json.loads((tmp_path / "r" / "report.json").read_text())
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_an_interrupt_saves_the_model_and_says_how_to_go_on(sent, tmp_path):
+    running = Running(
+        "run.dir=r r", "trainer.num_steps=5000", "model=linear", "accountant=rdp", cwd=tmp_path
+    )
+    run = tmp_path / "r r"
+    await_lines(run / "ledger.jsonl", 5)
+    assert stat.S_IMODE((run / "private" / "key").stat().st_mode) == 0o600
+    running.send(sent)
+    done = running.wait()
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "stopping after this step" in done.stderr
+    report = json.loads((run / "report.json").read_text())
     assert 0 < report["steps"] < 5000
     assert report["interrupted"]
     assert report["epsilon"] < 3
-    assert not (tmp_path / "r" / "private" / "key").exists()
-    assert f"{report['steps']} of 5000" in out
-    assert "training interrupted" in out
+    assert f"{report['steps']} of 5000" in done.stdout
+    assert "training interrupted" in done.stdout
+    assert "Go on with: python -m dpsgd.train resume='r r'" in done.stdout
+    assert (run / "private" / "key").exists(), "it is needed to go on"
+
+
+def test_a_second_signal_exits_at_once(tmp_path):
+    slow = (
+        "import time; from dpsgd.trainer import Trainer; Trainer._take = lambda *_: time.sleep(99)"
+    )
+    running = Running("run.dir=r", *SHORT, cwd=tmp_path, before=slow)
+    await_lines(tmp_path / "r" / "ledger.jsonl", 2)
+    running.send(signal.SIGTERM)
+    time.sleep(0.3)
+    running.send(signal.SIGINT)
+    assert running.wait(20).returncode == 128 + signal.SIGINT
+
+
+def await_lines(path, count):
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_load_run_keeps_the_dtype(tmp_path):

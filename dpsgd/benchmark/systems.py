@@ -15,6 +15,7 @@ from dpsgd.checks import synthetic_batch
 from dpsgd.components import build
 from dpsgd.config import placement
 from dpsgd.engines import Batch, LossFn
+from dpsgd.engines.memory import is_out_of_memory
 from dpsgd.placement import Placement
 from dpsgd.private_step import PrivateStep
 from dpsgd.seeding import seed_everything
@@ -192,7 +193,7 @@ def failure(error: Exception) -> str | None:
     if isinstance(error, ValueError):
         return str(error)
     words = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in words:
+    if is_out_of_memory(error):
         return f"Out of memory: {words.splitlines()[0]}"
     if "InvalidCxxCompiler" in words:
         return "No C++ compiler works here (set CXX, or install g++)."

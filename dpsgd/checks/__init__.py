@@ -9,7 +9,7 @@ from dpsgd.checks.comparison import relative_gap, tolerance
 from dpsgd.checks.dropout import without_dropout
 from dpsgd.checks.independence import check_independence
 from dpsgd.checks.preflight import Preflight, preflight
-from dpsgd.checks.state import check_runs, check_unchanged_state
+from dpsgd.checks.state import check_runs, check_unchanged_state, restored
 from dpsgd.checks.synthetic import synthetic_batch, synthetic_users
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "preflight",
     "relative_gap",
     "replace_batch_norm",
+    "restored",
     "synthetic_batch",
     "synthetic_users",
     "tolerance",

@@ -6,6 +6,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,19 @@ LossFn = Callable[[Any, Batch], Tensor]
 """`loss_fn(model, batch) -> losses [B]`: one loss per sample, the unit of privacy."""
 
 
+@dataclass
+class Choices:
+    """What an engine chose by its timings: another choice rounds in another way.
+
+    Attributes:
+        made: A word for each thing that was chosen.
+        final: Whether nothing more is timed; what is not among `made` then goes the usual way.
+    """
+
+    made: dict[str, str] = field(default_factory=dict)
+    final: bool = False
+
+
 class Engine(ABC):
     """Computes per-sample gradients of `loss_fn` for one model.
 
@@ -28,6 +42,9 @@ class Engine(ABC):
     Args:
         model: The model; its trainable parameters are looked up anew at each call.
         loss_fn: `loss_fn(model, batch) -> Tensor[B]`, one loss per sample.
+
+    Attributes:
+        choices: What was chosen by timings, kept in checkpoints; nothing for most engines.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
@@ -43,6 +60,7 @@ class Engine(ABC):
             raise ValueError(f"Expected loss_fn(model, batch), got {type(loss_fn).__name__}.")
         self.model = model
         self.loss_fn = loss_fn
+        self.choices = Choices()
         self._latest: weakref.ref[PerSampleGrads] | None = None
 
     @property

@@ -98,11 +98,12 @@ class Sampler(ABC):
         """
 
     @abstractmethod
-    def releases(self, noise: NoiseRuns) -> Releases:
-        """Returns what the first steps release, as events for the accountant.
+    def releases(self, noise: NoiseRuns, start: int = 0) -> Releases:
+        """Returns what steps release, as events for the accountant.
 
         Args:
             noise: The noise multipliers of these steps, each with how many steps it lasts.
+            start: Number of the first of them.
         """
 
     @abstractmethod

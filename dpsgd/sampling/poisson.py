@@ -76,7 +76,7 @@ class Poisson(Sampler):
         positions = torch.cat(parts)
         return positions[positions < size].to(torch.int64)
 
-    def releases(self, noise: NoiseRuns) -> Releases:
+    def releases(self, noise: NoiseRuns, start: int = 0) -> Releases:
         """Returns one Poisson-sampled Gaussian per step."""
         return poisson_releases(self.rate, noise)
 

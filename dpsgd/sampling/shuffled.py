@@ -68,19 +68,18 @@ class Shuffled(Sampler):
         positions = torch.from_numpy(np.sort(rows))
         return positions[(positions >= start) & (positions < stop)]
 
-    def releases(self, noise: NoiseRuns) -> Releases:
+    def releases(self, noise: NoiseRuns, start: int = 0) -> Releases:
         """Returns one Gaussian per begun epoch, with the least noise of its steps."""
-        least: list[float] = []
-        step = 0
+        least: dict[int, float] = {}
+        step = start
         for sigma, count in noise:
             for epoch in range(
                 step // self.steps_per_epoch, -(-(step + count) // self.steps_per_epoch)
             ):
-                if epoch == len(least):
-                    least.append(sigma)
-                least[epoch] = min(least[epoch], sigma)
+                least[epoch] = min(least.get(epoch, sigma), sigma)
             step += count
-        runs = {sigma: least.count(sigma) for sigma in sorted(set(least))}
+        every = list(least.values())
+        runs = {sigma: every.count(sigma) for sigma in sorted(set(every))}
         return gaussian_releases(list(runs.items()))
 
     def describe(self) -> dict[str, Any]:

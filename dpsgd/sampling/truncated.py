@@ -58,7 +58,7 @@ class TruncatedPoisson(Poisson):
         order = rng.uniforms(rng.derive(self.key, "truncation", step), 0, len(drawn)).argsort()
         return drawn[order[: self.max_batch_size].sort().values]
 
-    def releases(self, noise: NoiseRuns) -> Releases:
+    def releases(self, noise: NoiseRuns, start: int = 0) -> Releases:
         """Returns one truncated Poisson-sampled Gaussian per step."""
         assert self.public_size is not None
         return truncated_releases(self.rate, self.max_batch_size, self.public_size, noise)

@@ -261,7 +261,7 @@ MUTATIONS = [
     Mutation(
         "an edited ledger passes",
         "ledger.py",
-        "if not hmac.compare_digest(expected, mac):",
+        "if not hmac.compare_digest(expected.encode(), mac.encode()):",
         "if False:",
         "tests/test_ledger.py::test_an_edited_ledger_is_noticed",
     ),

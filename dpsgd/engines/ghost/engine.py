@@ -50,7 +50,7 @@ class Ghost(Engine):
         super().__init__(model, loss_fn)
         self._per_sample: set[Signature] = set()
         self._activations: dict[Signature, int] = {}
-        self._strategies = Strategies(strategy)
+        self._strategies = Strategies(strategy, self.choices)
 
     def _compute(
         self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]

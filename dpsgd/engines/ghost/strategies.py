@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpsgd.engines.base import Choices
 from dpsgd.engines.ghost.timings import Timings, seconds
 from dpsgd.engines.ghost.use import Use
 from dpsgd.rules import Call
@@ -61,20 +62,23 @@ class Strategies:
             that saves time up to 1.25 times the memory of ordinary training; `lean`: up to 1.10
             times; `formulas`: nothing is timed; or the name of a strategy (`gram`, `keep-product`,
             ...), taken wherever it exists.
+        choices: Where what was found is noted by name, and what was found before stands.
 
     Raises:
         ValueError: If the choice is no word of this kind.
     """
 
-    def __init__(self, choice: str) -> None:
+    def __init__(self, choice: str, choices: Choices | None = None) -> None:
         if not isinstance(choice, str) or choice not in KNOWN:
             raise ValueError(f"Expected strategy to be one of {', '.join(KNOWN)}, got {choice!r}.")
         self._choice = choice
+        self._choices = Choices() if choices is None else choices
         self._plans: dict[Any, Strategy | None] = {}
         self._left = MAX_SECONDS
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_choice": self._choice, "_plans": {}, "_left": self._left}
+        kept = "_choice", "_choices", "_left"
+        return {"_plans": {}, **{name: getattr(self, name) for name in kept}}
 
     def choose(
         self, uses: Mapping[str, Sequence[Use]], size: int, activations: int
@@ -96,7 +100,9 @@ class Strategies:
         }
         found = self._timed(waiting, uses, size, activations)
         for name, use in waiting.items():
-            self._plans[name, size, use.shapes] = found.get(name)
+            strategy = found.get(name)
+            self._plans[name, size, use.shapes] = strategy
+            self._choices.made[_words(name, use, size)] = strategy.name if strategy else FORMULAS
         plans = {name: self.planned(name, use, size)[1] for name, use in single.items()}
         return {name: strategy for name, strategy in plans.items() if strategy is not None}
 
@@ -109,7 +115,12 @@ class Strategies:
         if use.bytes_held * size <= _SMALL:
             return True, None
         key = name, size, use.shapes
-        return key in self._plans, self._plans.get(key)
+        if key not in self._plans:
+            word = self._choices.made.get(_words(name, use, size))
+            if word is None and not self._choices.final:
+                return False, None
+            self._plans[key] = strategies_of(use).get(word or FORMULAS)
+        return True, self._plans[key]
 
     def _timed(
         self,
@@ -171,6 +182,10 @@ class Strategies:
         if self._left <= 0:
             _log.info("Timing of strategies stopped after %g s.", MAX_SECONDS)
         return found
+
+
+def _words(name: str, use: Use, size: int) -> str:
+    return f"{name} {use.key} batch={size}"
 
 
 class _Memory:

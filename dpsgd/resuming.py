@@ -1,0 +1,226 @@
+"""Whether a run starts, goes on exactly where it was, or has to begin a new attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from dpsgd import replay, rng
+from dpsgd.accounting import epsilon_of
+from dpsgd.checkpoint import Checkpoint
+from dpsgd.config import fixed_key
+from dpsgd.data import Dataset
+from dpsgd.ledger import Charged
+from dpsgd.plan import PrivacyPlan
+from dpsgd.run_directory import RunDirectory
+
+_SLACK = 1e-9
+_BROKEN = ["its key or private/attempt.json is not what it was"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run starts or goes on.
+
+    Attributes:
+        key: The secret key of the attempt.
+        attempt: Its number; 0 for a new run.
+        streams: What noise and sampling take their keys from: a function of the key, of what the
+            guarantee depends on, of the records and of the attempt, never of a name or a path.
+        checkpoint: Where it goes on, None for a new run.
+        replays: Whether every step repeats what an interrupted run would have done, bit for bit,
+            so that nothing is charged twice.
+        charged: What the ledger says so far, None for a new run.
+        notes: What the user should be told.
+        record: What is kept in private/ about the attempt.
+    """
+
+    key: bytes
+    attempt: int
+    streams: bytes
+    checkpoint: Checkpoint | None
+    replays: bool
+    charged: Charged | None
+    notes: tuple[str, ...]
+    record: Mapping[str, Any]
+
+
+def started(
+    run: RunDirectory, config: DictConfig, data: Dataset, device: torch.device, key: bytes | None
+) -> Start:
+    """Returns how a run starts or goes on; writes nothing.
+
+    Args:
+        run: Its directory, new or of an unfinished run.
+        config: The resolved configuration.
+        data: The records.
+        device: Where the model will be.
+        key: The key of a new run; by default the configuration's, or a fresh one.
+
+    Raises:
+        ValueError: If settings that the guarantee depends on, or the records, are not those that
+            the run began with; or its files do not allow it to go on.
+    """
+    if not run.unfinished:
+        return _new(run, config, data, device, key or fixed_key(config) or rng.fresh_key())
+    checkpoint, damaged = run.checkpoints().newest()
+    charged = run.charged_so_far(None if checkpoint is None else checkpoint.facts["ledger"])
+    if checkpoint is None or charged is None:
+        if damaged or (charged is not None and charged.steps):
+            raise ValueError(
+                f"Expected a checkpoint to go on from in '{run.path}', got none that is whole"
+                f"{': ' if damaged else ''}{'; '.join(damaged)}. What was spent stays spent: start "
+                "anew in another run.dir."
+            )
+        return _new(run, config, data, device, key or fixed_key(config) or rng.fresh_key())
+    _check_settings(run.config(), config)
+    notes = [f"Passed over a damaged checkpoint, {words}." for words in damaged]
+    old, record = run.key(), run.record()
+    reasons = _BROKEN
+    if old is not None and record.get("key") == _name_of(old):
+        again = _record(run, config, data, device, old, checkpoint.attempt)
+        reasons = _reasons(record, again, config.checkpoint.allow_new_data)
+    if reasons or old is None:
+        number = 1 + max(charged.last_attempt, checkpoint.attempt, record.get("attempt", 0))
+        old = rng.fresh_key()
+        again = _record(run, config, data, device, old, number)
+        notes.append(
+            f"The run goes on from step {checkpoint.step} as a new attempt with new noise, since "
+            f"{'; '.join(reasons)}. Steps that it repeats are charged again."
+        )
+    return Start(
+        key=old,
+        attempt=again["attempt"],
+        streams=_streams(config, old, again),
+        checkpoint=checkpoint,
+        replays=not reasons,
+        charged=charged,
+        notes=tuple(notes),
+        record=again,
+    )
+
+
+def check_plan(plan: PrivacyPlan, charged: Charged) -> None:
+    """Raises unless the plan is the one at the head of the ledger.
+
+    Raises:
+        ValueError: With the figures of both.
+    """
+    now = plan.describe()
+    before = {name: charged.plan.get(name) for name in now}
+    changed = replay.differences(before, now)
+    if changed:
+        raise ValueError(_refusal("The privacy plan is not that of the run.", changed))
+
+
+def last_step(plan: PrivacyPlan, start: Start) -> int:
+    """Returns the step after which the budget is spent, given all that is charged.
+
+    An attempt that repeats steps pays for them again, so it may have to end earlier than planned.
+    """
+    if start.charged is None or start.checkpoint is None or start.replays:
+        return plan.num_steps
+    before, first = start.charged.releases(), start.checkpoint.step
+    limit = plan.epsilon() * (1 + _SLACK)
+
+    def fits(last: int) -> bool:
+        runs = [(plan.noise_at(step), 1) for step in range(first, last)]
+        counts: dict[Any, int] = {}
+        for event, count in (*before, *plan.sampler.releases(runs, first)):
+            counts[event] = counts.get(event, 0) + count
+        total = tuple(counts.items())
+        return epsilon_of(total, plan.target_delta, plan.accountant, plan.adjacency) <= limit
+
+    low, high = first, plan.num_steps  # the most that fits is in [low, high]
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _new(
+    run: RunDirectory, config: DictConfig, data: Dataset, device: torch.device, key: bytes
+) -> Start:
+    record = _record(run, config, data, device, key, 0)
+    return Start(key, 0, _streams(config, key, record), None, False, None, (), record)
+
+
+def _streams(config: DictConfig, key: bytes, record: Mapping[str, Any]) -> bytes:
+    """The key of noise and sampling. A fixed key couples worlds, so it leaves the records out."""
+    guarantee = replay.digest(replay.critical(replay.settings(config))).hex()
+    records = "" if config.privacy.key is not None else record["records"]
+    return rng.derive(key, f"streams {guarantee} {records}", record["attempt"])
+
+
+def _record(
+    run: RunDirectory,
+    config: DictConfig,
+    data: Dataset,
+    device: torch.device,
+    key: bytes,
+    attempt: int,
+) -> dict[str, Any]:
+    """What is kept in private/ of an attempt, to tell whether it can be replayed."""
+    return {
+        "attempt": attempt,
+        "key": _name_of(key),
+        "records": replay.fingerprint(data, rng.derive(key, "fingerprint")),
+        "conditions": replay.conditions(device),
+        "settings": replay.settings(config),
+        **run.place(),
+    }
+
+
+def _reasons(before: Mapping[str, Any], now: Mapping[str, Any], allow_new_data: bool) -> list[str]:
+    """Why an exact replay is not possible; empty if it is.
+
+    Args:
+        before: What was kept of the attempt.
+        now: The same as things are now, with the attempt of the checkpoint.
+        allow_new_data: Whether other records are a reason, not an error.
+    """
+    if before["records"] != now["records"] and not allow_new_data:
+        raise ValueError(
+            "Expected the training records that the run began with, got others. Put them back, or "
+            "start a new run. checkpoint.allow_new_data=true goes on with the new ones, with new "
+            "noise, and charges every step on top of what is spent."
+        )
+    reasons = [
+        f"{name} was {was} and is {is_now}"
+        for kind in ("conditions", "settings")
+        for name, was, is_now in replay.differences(before[kind], now[kind])
+    ]
+    if before["records"] != now["records"]:
+        reasons.append("the records are not those that it began with")
+    if before["path"] != now["path"] and before["inode"] != now["inode"]:
+        reasons.append(f"the directory is a copy of '{before['path']}'")
+    if before["attempt"] != now["attempt"]:
+        reasons.append("the attempt before this one did not get to its first step")
+    return reasons
+
+
+def _name_of(key: bytes) -> str:
+    """What a key is known by, which does not give it away."""
+    return rng.derive(key, "name of the key").hex()
+
+
+def _check_settings(before: DictConfig, now: DictConfig) -> None:
+    old, new = (replay.critical(replay.settings(config)) for config in (before, now))
+    changed = replay.differences(old, new)
+    if changed:
+        raise ValueError(
+            _refusal("The guarantee of a run cannot change while it is under way.", changed)
+        )
+
+
+def _refusal(words: str, changed: list[tuple[str, str, str]]) -> str:
+    rows = [("setting", "the run's", "now"), *changed]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+    return "\n".join(
+        [words, *lines, "Go on with the run's settings, or start a new run in another run.dir."]
+    )

@@ -1,0 +1,176 @@
+"""One run in its directory: steps, logs, checkpoints, and the report at its end."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, closing
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from dpsgd import resuming
+from dpsgd.checkpoint import Checkpoint
+from dpsgd.checks import Preflight
+from dpsgd.config import redacted
+from dpsgd.ledger import Ledger
+from dpsgd.loggers import (
+    JsonLines,
+    Logger,
+    TensorBoard,
+    history,
+    private_scalars,
+    public_scalars,
+    speed_scalar,
+)
+from dpsgd.report import caution, final_report
+from dpsgd.resuming import Start
+from dpsgd.run_directory import METRICS, RunDirectory, charged, write_report
+from dpsgd.signals import stopping
+from dpsgd.trainer import StepReport, Trainer
+
+
+def run_to_end(
+    trainer: Trainer,
+    run: RunDirectory,
+    start: Start,
+    config: DictConfig,
+    console: Console,
+    not_private: list[str],
+    passed: Preflight,
+) -> dict[str, Any]:
+    """Runs the trainer to its end or until somebody asks to stop; saves the model either way."""
+    with console.status("accounting: epsilon of every step"):
+        trainer.plan.spent(1)
+        until = resuming.last_step(trainer.plan, start)
+    if start.checkpoint is not None:
+        trainer.step.load_state_dict(start.checkpoint.state)
+    run.begin(start.key, start.record, redacted(config))
+    describe = trainer.plan.describe()
+    ledger = run.new_ledger(describe) if start.checkpoint is None else run.ledger(start.attempt)
+    with closing(ledger):
+        seconds = _steps(trainer, run, start, ledger, until, config, console)
+        steps = trainer.step.step
+        interrupted = steps < until
+        final = final_report(
+            trainer.plan,
+            charged(run.path),
+            trainer.step.engine,
+            passed.routes,
+            steps_taken=steps,
+            history=history(run.path / METRICS),
+            seconds=seconds,
+            interrupted=interrupted,
+            not_private=not_private,
+        )
+        run.save_model(trainer.step.engine.model)
+        write_report(run.path, final, redacted(config))
+        if not interrupted:
+            ledger.end(steps)
+            run.finish()
+    return final
+
+
+def _steps(
+    trainer: Trainer,
+    run: RunDirectory,
+    start: Start,
+    ledger: Ledger,
+    until: int,
+    config: DictConfig,
+    console: Console,
+) -> float:
+    """Takes the steps, with logs and checkpoints, to the last one or until asked to stop.
+
+    Returns:
+        The seconds that they took.
+    """
+    began = time.perf_counter()
+    first, every = trainer.step.step, config.checkpoint.every
+    metrics, public, private = _loggers(run, config, first)
+    if start.checkpoint is not None and start.checkpoint.facts["metrics"] != metrics.digest:
+        console.print(caution("metrics.jsonl was changed: the report's history is not whole."))
+
+    def save() -> None:
+        for logger in (metrics, *public, *private):
+            logger.flush()
+        run.checkpoints().save(_checkpoint(trainer, start.attempt, ledger, metrics))
+
+    with stopping() as stop, ExitStack() as stack:
+        for logger in (metrics, *public, *private):
+            stack.enter_context(logger)
+        progress = stack.enter_context(_progress(console))
+        task = progress.add_task("training", total=until, completed=first, status="")
+        test: dict[str, float] = {}
+        if not start.replays:
+            save()
+        for report in trainer.run(ledger, until):
+            test.update(report.test)
+            for logger in (metrics, *public):
+                logger.log(report.step, public_scalars(report))
+            for logger in private:
+                logger.log(report.step, private_scalars(report))
+            progress.update(task, completed=report.step, status=_status(report, test))
+            if stop.asked or report.step == until or (every and report.step % every == 0):
+                save()
+            if stop.asked:
+                break
+        seconds = time.perf_counter() - began
+        if first < trainer.step.step == until:
+            speed = speed_scalar(until - first, trainer.plan.expected_batch_size, seconds)
+            for logger in (metrics, *public):
+                logger.log(until, speed)
+    return seconds
+
+
+def _checkpoint(trainer: Trainer, attempt: int, ledger: Ledger, metrics: JsonLines) -> Checkpoint:
+    facts = {
+        "physical_batch_size": trainer.physical_batch_size,
+        "choices": dict(trainer.step.engine.choices.made),
+        "ledger": ledger.head,
+        "metrics": metrics.digest,
+    }
+    return Checkpoint(attempt, trainer.step.step, trainer.step.state_dict(), facts)
+
+
+def _loggers(
+    run: RunDirectory, config: DictConfig, step: int
+) -> tuple[JsonLines, list[Logger], list[Logger]]:
+    """The metrics file, further public logs and private ones, all going on after a step."""
+    metrics = JsonLines(run.path / METRICS, step)
+    public: list[Logger] = [TensorBoard(run.path / "tensorboard", step)]
+    if not config.logger.diagnostics:
+        return metrics, public, []
+    return (
+        metrics,
+        public,
+        [
+            JsonLines(run.private / "diagnostics.jsonl", step),
+            TensorBoard(run.private / "tensorboard", step),
+        ],
+    )
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _status(report: StepReport, test: dict[str, float]) -> str:
+    accuracy = f", accuracy {test['test_accuracy']:.1%}" if "test_accuracy" in test else ""
+    return f"epsilon <= {report.epsilon:.2f}{accuracy}"
