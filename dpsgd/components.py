@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -52,13 +53,37 @@ def build_model(config: DictConfig) -> nn.Module:
     return build(config, ("model",))["model"]
 
 
+def finished(name: str, partial: Any, kind: type, *arguments: Any, **options: Any) -> Any:
+    """Returns a component that needed something that was not there before.
+
+    Args:
+        name: Its section of the configuration.
+        partial: What `build` gave for it.
+        kind: What it must be.
+        arguments: What it needed.
+        options: The same by name.
+
+    Raises:
+        ValueError: If it cannot be built, or is something else.
+    """
+    try:
+        made = partial(*arguments, **options)
+    except ValueError as error:
+        raise ValueError(f"Cannot build {name}: {error}") from error
+    except Exception as error:  # of a stranger's code, or of an argument of a wrong type
+        raise ValueError(f"Cannot build {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(made, kind):
+        raise ValueError(f"Expected {name} to be a {kind.__name__}, got {type(made).__name__}.")
+    return made
+
+
 def _arguments(config: DictConfig, name: str) -> dict[str, Any]:
     """The section of a component with interpolations resolved, checked against its target."""
     try:
         resolved: Any = OmegaConf.to_container(config[name], resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         missing = sorted(OmegaConf.missing_keys(config[name])) or [_first_line(error)]
-        settings = ", ".join(f"{name}.{key}" for key in missing)
+        settings = ", ".join(f"{name}.{key.removeprefix(f'{name}.')}" for key in missing)
         raise ValueError(f"These settings have no default: {settings}.") from error
     if not isinstance(resolved, dict) or "_target_" not in resolved:
         raise ValueError(f"Expected '{name}' to name a component by _target_, got {resolved!r}.")
@@ -73,7 +98,9 @@ def _locate(name: str, path: str) -> Any:
         return get_object(path)
     except Exception as error:
         module, _, last = path.rpartition(".")
-        near = difflib.get_close_matches(last, dir(sys.modules.get(module)), n=3)
+        names = dir(sys.modules.get(module))
+        close = difflib.get_close_matches(last.lower(), {n.lower() for n in names}, n=3)
+        near = [known for known in names if known.lower() in close]
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         cause = _first_line(error.__cause__ or error)
         raise ValueError(f"Cannot find {name}._target_={path}: {cause}.{hint}") from error
@@ -99,7 +126,7 @@ def _check_arguments(name: str, target: Any, given: Mapping[str, Any]) -> None:
                 f"{', '.join(parameters)}."
             )
         allowed = _scalar_types(hints.get(key))
-        if allowed and not _fits(value, allowed):
+        if allowed and not isinstance(value, dict) and not _fits(value, allowed):
             words = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
             raise ValueError(f"Expected {name}.{key} to be {words}, got {value!r}.")
 
@@ -115,8 +142,9 @@ def _hints(target: Any) -> dict[str, Any]:
 
 
 def _scalar_types(hint: Any) -> tuple[type, ...]:
-    """The scalar types that a hint admits; empty if it admits anything else."""
+    """The scalar types that a hint admits; empty if it admits anything else but tensors."""
     members = typing.get_args(hint) if _is_union(hint) else (hint,)
+    members = tuple(member for member in members if member is not torch.Tensor)
     scalars = {int, float, bool, str, type(None)}
     return tuple(members) if all(member in scalars for member in members) else ()
 

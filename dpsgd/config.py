@@ -118,6 +118,9 @@ def _checked(config: DictConfig) -> DictConfig:
 
 
 def _merged(schema: DictConfig, section: DictConfig, prefix: str) -> Any:
+    if prefix and not isinstance(section, DictConfig):
+        known = ", ".join(prefix + str(key) for key in schema)
+        raise ValueError(f"Expected the settings {known}, got {prefix[:-1]}={section!r}.")
     try:
         return OmegaConf.merge(schema, section)
     except OmegaConfBaseException as error:

@@ -36,6 +36,8 @@ def privacy_plan(
     if (num_steps is None) == (epochs is None):
         raise ValueError("Expected either trainer.num_steps or trainer.epochs.")
     privacy = config.privacy
+    if solve not in (None, "num_steps", "sample_rate"):
+        raise ValueError(f"Expected account.solve to be num_steps or sample_rate, got '{solve}'.")
     if solve is not None and privacy.noise_multiplier is None:
         raise ValueError(f"Expected privacy.noise_multiplier to solve for {solve}, got null.")
     schedule = privacy.noise_schedule
@@ -75,12 +77,10 @@ def _solved(plan: PrivacyPlan, solve: str, target_epsilon: float | None) -> Priv
     if solve == "num_steps":
         steps = solve_steps(lambda number: spent(plan.sampler, number), target_epsilon)
         return replace(plan, num_steps=steps)
-    if solve == "sample_rate":
-        if type(plan.sampler).releases is not Poisson.releases:
-            raise ValueError(
-                f"Expected sampler=poisson or user_poisson to solve for sample_rate, got "
-                f"{type(plan.sampler).__name__}. Solve for num_steps."
-            )
-        rate = solve_rate(lambda rate: spent(at_rate(rate), plan.num_steps), target_epsilon)
-        return replace(plan, sampler=at_rate(rate))
-    raise ValueError(f"Expected account.solve to be num_steps or sample_rate, got '{solve}'.")
+    if type(plan.sampler).releases is not Poisson.releases:
+        raise ValueError(
+            f"Expected sampler=poisson or user_poisson to solve for sample_rate, got "
+            f"{type(plan.sampler).__name__}. Solve for num_steps."
+        )
+    rate = solve_rate(lambda rate: spent(at_rate(rate), plan.num_steps), target_epsilon)
+    return replace(plan, sampler=at_rate(rate))

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from dpsgd import checks, rng
-from dpsgd.components import build
+from dpsgd.components import build, finished
 from dpsgd.config import placement
 from dpsgd.data import Dataset
+from dpsgd.engines import Engine
 from dpsgd.losses import PerUser
+from dpsgd.noise import Gaussian
 from dpsgd.planning import privacy_plan
-from dpsgd.sampling import UserPoisson
+from dpsgd.sampling import Sampler, UserPoisson
 from dpsgd.saved_run import load_weights
 from dpsgd.seeding import seed_everything
 from dpsgd.trainer import Trainer
@@ -25,6 +29,9 @@ def assembled(config: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: If one cannot be built.
     """
+    every = config.checkpoint.every
+    if every is not None and every < 1:
+        raise ValueError(f"Expected checkpoint.every >= 1, or null for none, got {every}.")
     seed_everything(config.seed)
     parts = build(config)
     data = parts["data"]
@@ -47,20 +54,24 @@ def prepare(
         ValueError: If the configuration or the model is unsound.
     """
     place, data = placement(config), parts["data"]
+    if not isinstance(parts["model"], nn.Module):
+        got = type(parts["model"]).__name__
+        raise ValueError(f"Expected model to be an nn.Module, got {got}.")
     model = place.model(parts["model"])
     if config.model.init_from is not None:
         load_weights(model, config.model.init_from)
-    sampler = parts["sampler"](key=rng.derive(streams, "sampler"))
+    sampler = finished("sampler", parts["sampler"], Sampler, key=rng.derive(streams, "sampler"))
     plan = privacy_plan(config, sampler, parts["clipping"])
     loss_fn, batch = parts["loss"], checks.synthetic_batch(data, 4)
     if isinstance(plan.sampler, UserPoisson):
         loss_fn = PerUser(loss_fn)
         batch = checks.synthetic_users(data, 4, plan.sampler.records_per_user)
-    engine = parts["engine"](model, loss_fn)
+    engine = finished("engine", parts["engine"], Engine, model, loss_fn)
     passed = checks.preflight(engine, place.batch(batch))
     plan.clipping.groups(list(engine.parameters))
-    optimizer = parts["optimizer"](list(engine.parameters.values()))
-    noise = parts["noise"](key=rng.derive(streams, "noise"))
+    parameters = list(engine.parameters.values())
+    optimizer = finished("optimizer", parts["optimizer"], torch.optim.Optimizer, parameters)
+    noise = finished("noise", parts["noise"], Gaussian, key=rng.derive(streams, "noise"))
     trainer = Trainer(
         plan.private_step(engine, optimizer, noise),
         data,

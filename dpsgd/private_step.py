@@ -286,6 +286,10 @@ def _check_optimizer(optimizer: Any, engine: Engine) -> None:
             "Expected an optimizer that takes one dense gradient per step, got "
             f"{type(optimizer).__name__}. Use SGD or Adam."
         )
+    for group in optimizer.param_groups:
+        wrong = {k: v for k, v in group.items() if isinstance(v, float) and not math.isfinite(v)}
+        if wrong:
+            raise ValueError(f"Expected finite figures of the optimizer, got {wrong}.")
     parameters = engine.parameters
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in parameters.items() if id(p) not in owned]

@@ -36,8 +36,8 @@ def run(tmp_path, name, records, *extra):
         "data=tensors", "data.path=data.safetensors", "data.input_shape=[6]", "data.num_classes=3",
         "data.public_size=40", "model=linear", "trainer.num_steps=5", "sampler.sample_rate=0.4",
         "trainer.physical_batch_size=8", "privacy.noise_multiplier=2",
-        "clipping.max_grad_norm=1e-29", "trainer.evaluate_every=2", "optimizer.momentum=0", "device=cpu",
-        "run.dir=r", KEY, *extra, cwd=folder,
+        "clipping.max_grad_norm=1e-29", "trainer.evaluate_every=2", "optimizer.momentum=0",
+        "device=cpu", "run.dir=r", KEY, *extra, cwd=folder,
     )  # fmt: skip
     return folder / "r", done
 
