@@ -22,12 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpsgd.config import config_dir, resolve, typed_settings
-from dpsgd.run_directory import RunDirectory
+from dpsgd.run_directory import CONFIG, RunDirectory
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-_EXPECTED = (ValueError, HydraException, OmegaConfBaseException)
+_EXPECTED = (ValueError, HydraException, OmegaConfBaseException, OSError)
 
 
 def run(task: Callable[[DictConfig], None], config_name: str) -> None:
@@ -50,6 +50,8 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
         _redact_sweep(config)
         try:
             task(resolve(config, HydraConfig.get().overrides.task))
+        except BrokenPipeError:
+            raise
         except _EXPECTED as error:  # here, before Hydra prints the overrides with the key
             _fail(error, config_name)
 
@@ -57,13 +59,13 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     try:
         main()
+    except BrokenPipeError:  # the reader of our output, head for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except _EXPECTED as error:
         _fail(error, config_name)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output, head for example, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_path(configured: str) -> Path:
@@ -83,18 +85,28 @@ def resumed(config: DictConfig) -> DictConfig:
     """
     overrides = HydraConfig.get().overrides.task
     typed = [key for key, _ in typed_settings(overrides)]
+    if in_sweep():
+        raise ValueError("Expected resume= to go on with one run, got it with -m: leave out -m.")
     if "run.dir" in typed:
         raise ValueError("resume and run.dir exclude each other, and both are set: set one.")
     run = RunDirectory(config.resume)
     if not run.unfinished:
         raise ValueError(f"Expected an unfinished run in '{config.resume}', got none.")
-    stored, key = run.config(), run.key()
+    stored, key = resolve(run.config(), []), run.key()
+    lacking = [name for name in config if name not in stored]
+    if lacking:
+        raise ValueError(f"Expected all settings in '{run.path / CONFIG}', {lacking} are missing.")
     for name in typed:
         OmegaConf.update(stored, name, OmegaConf.select(config, name), merge=False)
     stored.run.dir = config.resume
-    if stored.privacy.key is not None and key is not None:  # it was fixed, and is not in the file
-        stored.privacy.key = key.hex()
+    if stored.privacy.key is not None:  # it was fixed, and is not in the file
+        stored.privacy.key = None if key is None else key.hex()
     return resolve(stored, [])
+
+
+def in_sweep() -> bool:
+    """Whether the command is one of several jobs, of `-m`."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def _quoted(argument: str) -> str:
@@ -129,6 +141,8 @@ def _redact_sweep(config: DictConfig) -> None:
 
 def _explain(error: Exception, config_name: str) -> str:
     """The error's words, with what exists for a mistyped option or key."""
+    if isinstance(error, OSError):
+        return f"Cannot use '{error.filename}': {error.strerror}." if error.filename else str(error)
     text = str(error).split("Config search path")[0]
     text = "\n".join(line for line in text.splitlines() if line.strip())
     match = re.search(r"Could not override '([\w.@/-]+)'", text)

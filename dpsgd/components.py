@@ -100,7 +100,7 @@ def _locate(name: str, path: str) -> Any:
         module, _, last = path.rpartition(".")
         names = dir(sys.modules.get(module))
         close = difflib.get_close_matches(last.lower(), {n.lower() for n in names}, n=3)
-        near = [known for known in names if known.lower() in close]
+        near = [known for word in close for known in names if known.lower() == word]
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         cause = _first_line(error.__cause__ or error)
         raise ValueError(f"Cannot find {name}._target_={path}: {cause}.{hint}") from error

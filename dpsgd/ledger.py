@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from dpsgd import durable
 from dpsgd.accounting import epsilon_of
@@ -62,8 +62,13 @@ class Ledger:
         Raises:
             ValueError: As `read` does, or if the run has ended.
         """
-        if read(path, key).ended:
+        before = read(path, key)
+        if before.ended:
             raise ValueError(f"Expected a ledger that goes on, but the run of '{path}' has ended.")
+        if attempt < before.last_attempt:
+            raise ValueError(
+                f"Expected attempt {before.last_attempt} or a later one to go on, got {attempt}."
+            )
         ledger = cls.__new__(cls)
         ledger._key, ledger.attempt = key, attempt
         with path.open("rb") as file:
@@ -124,43 +129,59 @@ class _Attempt:
         return tuple((sigma, sum(1 for _ in same)) for sigma, same in groupby(self.noise))
 
 
+class AttemptCharges(NamedTuple):
+    """What one attempt at a run charged.
+
+    Attributes:
+        number: Of the attempt.
+        start: Its first step.
+        noise: Its noise multipliers with the number of steps each, in order.
+    """
+
+    number: int
+    start: int
+    noise: NoiseRuns
+
+
 @dataclass(frozen=True)
 class Charged:
     """What a ledger says.
 
     Attributes:
         plan: The plan's line.
-        attempts: For each attempt that charged a step its first step, and its noise multipliers
-            with the number of steps each, in order.
-        last_attempt: The number of the last one, -1 if nothing was charged.
+        attempts: What each attempt charged that charged a step.
         ended: Whether the run wrote its end.
         torn: Whether the last line is incomplete, as a crash leaves it; it counts as a step.
         verified: Whether the chain was checked with the key.
     """
 
     plan: Mapping[str, Any]
-    attempts: tuple[tuple[int, NoiseRuns], ...]
-    last_attempt: int
+    attempts: tuple[AttemptCharges, ...]
     ended: bool
     torn: bool
     verified: bool
 
     @property
+    def last_attempt(self) -> int:
+        """The number of the last attempt that charged a step, -1 without one."""
+        return self.attempts[-1].number if self.attempts else -1
+
+    @property
     def steps(self) -> int:
         """How many steps were charged."""
-        return sum(count for _, runs in self.attempts for _, count in runs)
+        return sum(count for attempt in self.attempts for _, count in attempt.noise)
 
     @property
     def noise(self) -> NoiseRuns:
         """The noise multipliers of all attempts, with the number of steps each."""
-        return tuple(run for _, runs in self.attempts for run in runs)
+        return tuple(run for attempt in self.attempts for run in attempt.noise)
 
     def releases(self) -> Releases:
         """Returns the events that were charged."""
         sampler = described(self.plan["sampling"])
         counts: dict[Any, int] = {}
-        for start, runs in self.attempts:
-            for event, count in sampler.releases(runs, start):
+        for attempt in self.attempts:
+            for event, count in sampler.releases(attempt.noise, attempt.start):
                 counts[event] = counts.get(event, 0) + count
         return tuple(counts.items())
 
@@ -240,9 +261,9 @@ class _Lines:
         if torn and not self._ended:  # a step whose charge was being written
             attempt = self._attempts.setdefault(max(self._attempts, default=0), _Attempt(0))
             attempt.noise.append(min(attempt.noise, default=self._plan["noise_multiplier"]))
-        attempts = tuple((a.start, a.runs()) for _, a in sorted(self._attempts.items()))
-        last = max(self._attempts, default=-1)
-        return Charged(self._plan, attempts, last, self._ended, torn, verified)
+        every = sorted(self._attempts.items())
+        attempts = tuple(AttemptCharges(n, a.start, a.runs()) for n, a in every)
+        return Charged(self._plan, attempts, self._ended, torn, verified)
 
     def _charge(self, number: int, step: int, noise: float) -> None:
         attempt = self._attempts.setdefault(number, _Attempt(step))

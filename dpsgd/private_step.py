@@ -196,11 +196,17 @@ class PrivateStep:
             "step": self.step,
             "max_grad_norm": self.clipping.max_grad_norm,
             "model": _tensors_of(self.engine.model),
+            "optimizer_kind": _kind(self.optimizer),
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, own_figures: bool = False) -> None:
         """Goes on from what `state_dict` returned.
+
+        Args:
+            state: What it returned.
+            own_figures: Whether the optimizer keeps its own figures, its learning rate for example;
+                one of another kind then begins without a state.
 
         Raises:
             ValueError: If it is not the state of such a model and optimizer, or a step is under
@@ -213,10 +219,11 @@ class PrivateStep:
         wrong += [n for n in own.keys() & found.keys() if not _alike(own[n], found[n])]
         if wrong:
             raise ValueError(f"Expected the state of this model, got another one of {wrong}.")
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"Expected the state of this optimizer, got: {error}") from error
+        if state["optimizer_kind"] == _kind(self.optimizer):
+            _load_optimizer(self.optimizer, state["optimizer"], own_figures)
+        elif not own_figures:
+            kinds = f"{_kind(self.optimizer)}, got {state['optimizer_kind']}"
+            raise ValueError(f"Expected the state of an optimizer {kinds}.")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(found[name])
@@ -248,6 +255,30 @@ class PrivateStep:
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, each once, those that are not saved usually included."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], own_figures: bool
+) -> None:
+    """Loads a state as it was: torch's own loading casts it to the types of the parameters."""
+    own = [dict(group) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(dict(state))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"Expected the state of this optimizer, got: {error}") from error
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in state["state"].items():
+        loaded = optimizer.state[parameters[number]]
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                loaded[name] = value.clone().to(loaded[name].device)
+    if own_figures:
+        for group, figures in zip(optimizer.param_groups, own, strict=True):
+            group.update({name: value for name, value in figures.items() if name != "params"})
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

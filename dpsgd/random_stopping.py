@@ -138,6 +138,8 @@ def run_candidates(
         raise ValueError(f"Expected a new run directory, but '{path}' holds a run.")
     drawer = path / "private" / "candidates"
     if drawer.exists():
+        for secret in drawer.glob(f"*/private/{KEY}"):
+            destroy_key(secret)
         raise ValueError(
             f"Expected a new run directory, but '{path}' holds a sweep that was interrupted. How "
             "many runs it had is secret, so it cannot go on: choose another run.dir."

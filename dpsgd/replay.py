@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import platform
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,14 @@ _FREE = (
     "run.", "logger.", "checkpoint.", "debug", "resume", "sweep.", "account.", "ledger",
     "trainer.evaluate_every", "privacy.key", "device",
 )  # fmt: skip
-_LIBRARIES = ("torch", "numpy", "opacus", "safetensors")
+_LIBRARIES = (
+    "torch", "numpy", "opacus", "safetensors", "torchvision", "timm", "transformers", "peft",
+    "einops", "scipy",
+)  # fmt: skip
+_VARIABLES = (
+    "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "OMP_", "KMP_", "GOMP_", "CUBLAS_", "CUDNN_",
+    "NVIDIA_", "TORCH_", "OPENBLAS_",
+)  # fmt: skip
 _CHUNK_ROWS = 1 << 16
 _ABSENT = "(absent)"
 
@@ -58,14 +66,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
 
 def conditions(device: torch.device) -> dict[str, Any]:
     """Returns what besides the configuration and the data decides how numbers are rounded."""
-    cpu = torch.backends.cpu.get_cpu_capability()
+    cpu = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
+    variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {
         "device": where,
-        "processor": f"{platform.machine()} {cpu}",
+        "processor": cpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in _LIBRARIES},
+        **{name: _version(name) for name in _LIBRARIES},
+        **variables,
         "code": _code(),
     }
 
@@ -98,6 +108,23 @@ def _bytes(tensor: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes()
 
 
+def _processor() -> str:
+    """The model of the processor, by which libraries choose their kernels."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{platform.machine()} {names[0] if names else platform.processor()}"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return _ABSENT
+
+
 @lru_cache(maxsize=1)
 def _code() -> str:
     """SHA-256 of this package and of every loaded module that is not an installed one."""
@@ -110,11 +137,8 @@ def _code() -> str:
             path = Path(file).resolve()
             if not any(path.is_relative_to(folder) for folder in installed):
                 files.add(path)
-    total = hashlib.sha256()
-    for path in sorted(files):
-        if path.is_file():
-            total.update(hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()
+    found = sorted(hashlib.sha256(path.read_bytes()).digest() for path in files if path.is_file())
+    return hashlib.sha256(b"".join(found)).hexdigest()
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from dpsgd import accounting
+from dpsgd.accounting import Curve
 from dpsgd.engines import Engine
 from dpsgd.ledger import Charged
 from dpsgd.plan import PrivacyPlan
@@ -29,6 +30,7 @@ def final_report(
     steps_taken: int,
     history: Sequence[Mapping[str, float]],
     seconds: float,
+    curve: Curve,
     interrupted: bool,
     not_private: list[str],
 ) -> dict[str, Any]:
@@ -42,12 +44,13 @@ def final_report(
         steps_taken: Releases made.
         history: The public figures of the evaluated steps.
         seconds: Training time.
+        curve: Spent epsilon against steps.
         interrupted: Whether training ended before the plan did.
         not_private: Reasons why the run gives no guarantee, empty if it does.
     """
     sampler, clipping = plan.sampler, plan.clipping
     spent = charged.releases()
-    curve = accounting.tradeoff_of(spent, plan.accountant, plan.adjacency)
+    tradeoff = accounting.tradeoff_of(spent, plan.accountant, plan.adjacency)
     last = history[-1] if history else {}
     return {
         "private": not not_private,
@@ -64,7 +67,7 @@ def final_report(
         },
         "mu": accounting.mu_of(spent, plan.target_delta, plan.accountant, plan.adjacency),
         "true_positive_rates": {
-            str(rate): curve.true_positive_rate(rate) for rate in _FALSE_POSITIVE_RATES
+            str(rate): tradeoff.true_positive_rate(rate) for rate in _FALSE_POSITIVE_RATES
         },
         "noise_multiplier": plan.noise_multiplier,
         "noise_schedule": {str(s): factor for s, factor in plan.noise_schedule.factors.items()},
@@ -83,8 +86,8 @@ def final_report(
         "test": {name: value for name, value in last.items() if name.startswith("test_")},
         "history": [dict(row) for row in history],
         "epsilon_curve": {
-            "steps": [0, *plan.curve.steps],
-            "epsilons": [0.0, *plan.curve.epsilons],
+            "steps": [0, *curve.steps],
+            "epsilons": [0.0, *curve.epsilons],
         },
         "engine": type(engine).__name__,
         "routes": dict(routes),

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from dpsgd import replay, rng
-from dpsgd.accounting import epsilon_of
+from dpsgd.budget import Budget
 from dpsgd.checkpoint import Checkpoint
 from dpsgd.config import fixed_key
 from dpsgd.data import Dataset
@@ -18,7 +18,6 @@ from dpsgd.ledger import Charged
 from dpsgd.plan import PrivacyPlan
 from dpsgd.run_directory import RunDirectory
 
-_SLACK = 1e-9
 _BROKEN = ["its key or private/attempt.json is not what it was"]
 
 
@@ -77,17 +76,20 @@ def started(
                 "anew in another run.dir."
             )
         return _new(run, config, data, device, key or fixed_key(config) or rng.fresh_key())
-    _check_settings(run.config(), config)
+    _check_settings(charged.plan.get("settings", {}), config)
     notes = [f"Passed over a damaged checkpoint, {words}." for words in damaged]
     old, record = run.key(), run.record()
     reasons = _BROKEN
     if old is not None and record.get("key") == _name_of(old):
         again = _record(run, config, data, device, old, checkpoint.attempt)
         reasons = _reasons(record, again, config.checkpoint.allow_new_data)
+        if charged.last_attempt > checkpoint.attempt:
+            reasons.append(f"attempt {charged.last_attempt} has begun since its checkpoint")
     if reasons or old is None:
         number = 1 + max(charged.last_attempt, checkpoint.attempt, record.get("attempt", 0))
         old = rng.fresh_key()
         again = _record(run, config, data, device, old, number)
+        again["fixed"] = again["fixed"] or record.get("fixed", False)
         notes.append(
             f"The run goes on from step {checkpoint.step} as a new attempt with new noise, since "
             f"{'; '.join(reasons)}. Steps that it repeats are charged again."
@@ -95,7 +97,7 @@ def started(
     return Start(
         key=old,
         attempt=again["attempt"],
-        streams=_streams(config, old, again),
+        streams=_streams(old, again),
         checkpoint=checkpoint,
         replays=not reasons,
         charged=charged,
@@ -117,42 +119,26 @@ def check_plan(plan: PrivacyPlan, charged: Charged) -> None:
         raise ValueError(_refusal("The privacy plan is not that of the run.", changed))
 
 
-def last_step(plan: PrivacyPlan, start: Start) -> int:
-    """Returns the step after which the budget is spent, given all that is charged.
-
-    An attempt that repeats steps pays for them again, so it may have to end earlier than planned.
-    """
-    if start.charged is None or start.checkpoint is None or start.replays:
-        return plan.num_steps
-    before, first = start.charged.releases(), start.checkpoint.step
-    limit = plan.epsilon() * (1 + _SLACK)
-
-    def fits(last: int) -> bool:
-        runs = [(plan.noise_at(step), 1) for step in range(first, last)]
-        counts: dict[Any, int] = {}
-        for event, count in (*before, *plan.sampler.releases(runs, first)):
-            counts[event] = counts.get(event, 0) + count
-        total = tuple(counts.items())
-        return epsilon_of(total, plan.target_delta, plan.accountant, plan.adjacency) <= limit
-
-    low, high = first, plan.num_steps  # the most that fits is in [low, high]
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+def budget(plan: PrivacyPlan, start: Start) -> Budget:
+    """Returns what the attempt may spend, given all that is charged."""
+    if start.charged is None or start.checkpoint is None:
+        return Budget(plan, (), 0)
+    others = [a for a in start.charged.attempts if a.number != start.attempt]
+    own = [a.start for a in start.charged.attempts if a.number == start.attempt]
+    return Budget(plan, others, own[0] if own else start.checkpoint.step)
 
 
 def _new(
     run: RunDirectory, config: DictConfig, data: Dataset, device: torch.device, key: bytes
 ) -> Start:
     record = _record(run, config, data, device, key, 0)
-    return Start(key, 0, _streams(config, key, record), None, False, None, (), record)
+    return Start(key, 0, _streams(key, record), None, False, None, (), record)
 
 
-def _streams(config: DictConfig, key: bytes, record: Mapping[str, Any]) -> bytes:
+def _streams(key: bytes, record: Mapping[str, Any]) -> bytes:
     """The key of noise and sampling. A fixed key couples worlds, so it leaves the records out."""
-    guarantee = replay.digest(replay.critical(replay.settings(config))).hex()
-    records = "" if config.privacy.key is not None else record["records"]
+    guarantee = replay.digest(replay.critical(record["settings"])).hex()
+    records = "" if record["fixed"] else record["records"]
     return rng.derive(key, f"streams {guarantee} {records}", record["attempt"])
 
 
@@ -171,6 +157,7 @@ def _record(
         "records": replay.fingerprint(data, rng.derive(key, "fingerprint")),
         "conditions": replay.conditions(device),
         "settings": replay.settings(config),
+        "fixed": config.privacy.key is not None,
         **run.place(),
     }
 
@@ -194,6 +181,8 @@ def _reasons(before: Mapping[str, Any], now: Mapping[str, Any], allow_new_data: 
         for kind in ("conditions", "settings")
         for name, was, is_now in replay.differences(before[kind], now[kind])
     ]
+    if before["fixed"] != now["fixed"]:
+        reasons.append("privacy.key was fixed, or is fixed now")
     if before["records"] != now["records"]:
         reasons.append("the records are not those that it began with")
     if before["path"] != now["path"] and before["inode"] != now["inode"]:
@@ -208,9 +197,9 @@ def _name_of(key: bytes) -> str:
     return rng.derive(key, "name of the key").hex()
 
 
-def _check_settings(before: DictConfig, now: DictConfig) -> None:
-    old, new = (replay.critical(replay.settings(config)) for config in (before, now))
-    changed = replay.differences(old, new)
+def _check_settings(before: Mapping[str, Any], config: DictConfig) -> None:
+    """Raises unless the guarantee's settings are those in the first line of the ledger."""
+    changed = replay.differences(before, replay.critical(replay.settings(config)))
     if changed:
         raise ValueError(
             _refusal("The guarantee of a run cannot change while it is under way.", changed)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -47,12 +48,18 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.private = self.path / "private"
-        self.unfinished = (self.private / KEY).exists()
-        if not self.unfinished and any((self.path / f).exists() for f in (CONFIG, LEDGER)):
+        self.unfinished = self._under_way()
+
+    def _under_way(self) -> bool:
+        """Whether a run has begun here and not ended; raises if it has ended."""
+        if (self.private / KEY).exists():
+            return True
+        if any((self.path / name).exists() for name in (CONFIG, LEDGER, MODEL)):
             raise ValueError(
                 f"Expected a new run directory or one to go on with, but '{self.path}' holds a run "
                 "that has ended. Choose another run.dir, or remove it."
             )
+        return False
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -77,7 +84,7 @@ class RunDirectory:
                     f"Expected one process per run, but another one works in '{self.path}'. Wait "
                     "for it, or choose another run.dir."
                 ) from error
-            if (self.private / KEY).exists() != self.unfinished:
+            if self._under_way() != self.unfinished:
                 raise ValueError(
                     f"Another process has begun or ended a run in '{self.path}'. Try again."
                 )
@@ -128,9 +135,22 @@ class RunDirectory:
 
         return read_config(self.path / CONFIG)
 
+    def clear(self) -> None:
+        """Removes what a run left that did not get to its first step.
+
+        Raises:
+            ValueError: If it has charged a step: that must not be forgotten.
+        """
+        if (self.private / LEDGER_KEY).exists():
+            charged = self.charged_so_far(None)
+            if charged is not None and charged.steps:
+                raise ValueError(f"Expected a run that charged nothing in '{self.path}'.")
+        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+        for path in (self.path / LEDGER, self.private / ATTEMPT, self.private / LEDGER_KEY):
+            path.unlink(missing_ok=True)
+
     def new_ledger(self, plan: Mapping[str, Any]) -> Ledger:
-        """Returns a ledger for a run that charged nothing yet, in place of any there is."""
-        (self.path / LEDGER).unlink(missing_ok=True)
+        """Returns the ledger of a new run."""
         return Ledger(self.path / LEDGER, self._ledger_key(), plan)
 
     def ledger(self, attempt: int) -> Ledger:

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dpsgd import resuming
+from dpsgd import replay, resuming
 from dpsgd.checkpoint import Checkpoint
 from dpsgd.checks import Preflight
 from dpsgd.config import redacted
@@ -49,13 +49,18 @@ def run_to_end(
 ) -> dict[str, Any]:
     """Runs the trainer to its end or until somebody asks to stop; saves the model either way."""
     with console.status("accounting: epsilon of every step"):
-        trainer.plan.spent(1)
-        until = resuming.last_step(trainer.plan, start)
-    if start.checkpoint is not None:
-        trainer.step.load_state_dict(start.checkpoint.state)
-    run.begin(start.key, start.record, redacted(config))
-    describe = trainer.plan.describe()
-    ledger = run.new_ledger(describe) if start.checkpoint is None else run.ledger(start.attempt)
+        budget = resuming.budget(trainer.plan, start)
+        until, curve = budget.last_step(), budget.curve()
+    trainer.spent = curve
+    if start.checkpoint is None:
+        run.clear()
+        run.begin(start.key, start.record, redacted(config))
+        guarantee = replay.critical(replay.settings(config))
+        ledger = run.new_ledger({**trainer.plan.describe(), "settings": guarantee})
+    else:
+        trainer.step.load_state_dict(start.checkpoint.state, own_figures=not start.replays)
+        run.begin(start.key, start.record, redacted(config))
+        ledger = run.ledger(start.attempt)
     with closing(ledger):
         seconds = _steps(trainer, run, start, ledger, until, config, console)
         steps = trainer.step.step
@@ -68,6 +73,7 @@ def run_to_end(
             steps_taken=steps,
             history=history(run.path / METRICS),
             seconds=seconds,
+            curve=curve,
             interrupted=interrupted,
             not_private=not_private,
         )

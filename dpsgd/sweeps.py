@@ -16,7 +16,7 @@ from rich.table import Table
 
 from dpsgd.accounting import epsilon_of, neighbouring
 from dpsgd.ledger import Charged
-from dpsgd.run_directory import CONFIG, LEDGER, REPORT, charged, write_report
+from dpsgd.run_directory import CONFIG, LEDGER, REPORT, charged, read_report, write_report
 
 SWEEP = "sweep.json"
 
@@ -121,8 +121,7 @@ def _score(test: Mapping[str, float]) -> float | None:
 
 def _report(run: Path) -> dict[str, Any] | None:
     """The report of a run; None if it did not end."""
-    file = run / REPORT
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_report(run) if (run / REPORT).is_file() else None
 
 
 def _table(jobs: Sequence[Mapping[str, Any]], best: int | None, spent: Spent) -> Table:

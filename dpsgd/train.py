@@ -12,16 +12,18 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from dpsgd import cli, resuming, rng
+from dpsgd import cli, replay, resuming, rng
 from dpsgd.accounting import Releases
 from dpsgd.components import build
 from dpsgd.config import fixed_key, placement
+from dpsgd.engines.memory import is_out_of_memory
 from dpsgd.planning import privacy_plan
 from dpsgd.preparation import assembled, prepare
 from dpsgd.random_stopping import run_candidates
 from dpsgd.report import banner, caution, summary
-from dpsgd.run_directory import RunDirectory, read_report
+from dpsgd.run_directory import CONFIG, KEY, REPORT, RunDirectory, read_report
 from dpsgd.running import run_to_end
+from dpsgd.saved_run import read_config
 
 _HALVED = "A physical batch did not fit into the memory. It has {} rows from now on."
 _KEY_FIXED = "privacy.key is fixed: whoever knows it can subtract the noise."
@@ -60,7 +62,6 @@ def train(
 def _in_directory(
     config: DictConfig, run: RunDirectory, console: Console, key: bytes | None
 ) -> dict[str, Any]:
-    not_private = [] if config.privacy.key is None else [_KEY_FIXED]
     place, parts = placement(config), assembled(config)
     start = resuming.started(run, config, parts["data"], place.device, key)
     trainer, passed = prepare(config, parts, start.streams)
@@ -75,6 +76,7 @@ def _in_directory(
         trainer.warm_up()
         if trainer.physical_batch_size < min(asked, trainer.plan.sampler.largest_batch()):
             console.print(caution(_HALVED.format(trainer.physical_batch_size)))
+    not_private = [_KEY_FIXED] if start.record["fixed"] else []
     if not_private:
         console.print(banner(not_private))
     if trainer.plan.sampler.caution is not None:
@@ -88,6 +90,14 @@ def _in_directory(
             raise ValueError(
                 f"Cannot write '{error.filename or run.path}': {error.strerror or error}. Mend "
                 f"that, then go on with: {_command(run.path)}"
+            ) from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"Out of memory at step {trainer.step.step}: {str(error).splitlines()[0]} Free "
+                f"some, then go on with: {_command(run.path)} (with a lower "
+                "trainer.physical_batch_size it is a new attempt)"
             ) from error
     console.print(summary(report, str(run.path)))
     if report["interrupted"]:
@@ -133,6 +143,14 @@ def _kinds_of_sweep() -> dict[str, Callable[[DictConfig, Path, Console], dict[st
     return {"grid": train, "random_stopping": train_best}
 
 
+def _ended(config: DictConfig, path: Path) -> dict[str, Any] | None:
+    """The report of a job that ended when its sweep ran before, None if there is none."""
+    if not (path / REPORT).exists() or (path / "private" / KEY).exists():
+        return None
+    same = replay.settings(read_config(path / CONFIG)) == replay.settings(config)
+    return read_report(path) if same else None
+
+
 def main() -> None:
     """The command."""
     torch.set_float32_matmul_precision("highest")
@@ -147,7 +165,11 @@ def main() -> None:
             raise ValueError(
                 f"Expected sweep={' or '.join(_kinds_of_sweep())}, got '{config.sweep.kind}'."
             )
-        report = start(config, path, console)
+        report = _ended(config, path) if cli.in_sweep() else None
+        if report is None:
+            report = start(config, path, console)
+        else:
+            console.print(f"The run in '{path}' had ended; it is not repeated.")
         if report["interrupted"]:
             raise KeyboardInterrupt
 

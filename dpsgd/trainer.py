@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,6 +61,10 @@ class Trainer:
             then be repeated exactly. None leaves PyTorch's generators alone.
         evaluate_every: Steps between evaluations on the test records; the last step always is.
 
+    Attributes:
+        spent: An upper bound on the epsilon after so many steps: the plan's, unless other attempts
+            at the run have spent some as well.
+
     Raises:
         ValueError: If the plan contradicts the step, the model is in eval mode, a size is not
             positive, or the data is not what the sampler needs.
@@ -89,6 +93,7 @@ class Trainer:
         self.physical_batch_size = physical_batch_size
         self.evaluate_every = evaluate_every
         self.seed = seed
+        self.spent: Callable[[int], float] = plan.spent
         self.draw_from(data)
         if isinstance(plan.sampler, UserPoisson) != isinstance(step.engine.loss_fn, PerUser):
             raise ValueError(
@@ -199,7 +204,7 @@ class Trainer:
         engine = self.step.engine
         return StepReport(
             step=step,
-            epsilon=self.plan.spent(step),
+            epsilon=self.spent(step),
             learning_rate=self.step.optimizer.param_groups[0]["lr"],
             test=evaluate(engine.model, engine.loss_fn, self.data) if due else {},
             private=private,

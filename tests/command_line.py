@@ -65,6 +65,7 @@ class Running:
             tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115
             for _ in range(2)
         ]
+        _zygote()
         self._began = time.monotonic()
         self.pid = _ask(
             arguments=list(arguments), cwd=str(cwd), module=module, before=before,

@@ -4,6 +4,7 @@ import os
 import tempfile
 
 import pytest
+import runs
 import torch
 
 
@@ -15,6 +16,14 @@ def _repeatable():
 @pytest.fixture
 def key():
     return bytes(range(32))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A run that nobody interrupted, for comparison."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    runs.finish(folder)
+    return folder
 
 
 # what strategies took is remembered for one run of the tests only

@@ -331,7 +331,7 @@ DATA = [
     ("bits.safetensors", "complete .safetensors"),
     ("data.csv", "ending in .npz"),
     ("missing.npz", "Expected a file"),
-    ("folder.npz", "Expected a file"),
+    ("folder.npz", r"tensors x and y"),
     ("'a b.npz'", "Expected a file"),
 ]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+_ROWS_AT_ONCE = 1 << 16
 
 Records: TypeAlias = tuple[Tensor, Tensor]
 """Inputs x [N, ...] and targets y [N, ...] of the same N records."""
@@ -106,10 +108,15 @@ def _size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _in_parts(values: Tensor) -> Iterator[Tensor]:
+    """The values in pieces, so that checking them takes no memory of their size."""
+    yield from values.split(_ROWS_AT_ONCE)
+
+
 def _check_floats(values: Tensor, what: str, otherwise: str) -> None:
     if not values.is_floating_point():
         raise ValueError(f"Expected floating {what}, got {values.dtype}. {otherwise}")
-    if not values.isfinite().all():
+    if not all(part.isfinite().all() for part in _in_parts(values)):
         raise ValueError(f"Expected finite {what}, got NaN or infinity. Repair the data first.")
 
 
@@ -119,7 +126,7 @@ def _check_integers(values: Tensor, count: int, what: str, declaration: str) -> 
             f"Expected {what} as torch.int64, got {values.dtype}. Convert them, or set "
             f"{declaration} to null if they are no ids."
         )
-    if ((values < 0) | (values >= count)).any():
+    if any(((part < 0) | (part >= count)).any() for part in _in_parts(values)):
         raise ValueError(
             f"Expected {what} within 0..{count - 1}, got others. Number them from 0, or declare "
             f"the {declaration} that is publicly known."

@@ -1,4 +1,4 @@
-"""Tensors in a file: NumPy's .npz or .safetensors."""
+"""Tensors in files: NumPy's .npz, .safetensors, or a folder of .npy files of any size."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def tensors(
 ) -> Dataset:
     """Returns the records of a file: tensors `x` and `y`, and perhaps `x_test` and `y_test`.
 
+    A folder with x.npy, y.npy and so on is mapped into memory instead of read: a step then reads
+    the records that it draws, and there may be more of them than fit. Store them in the type that
+    is used, float32, or int64 for ids and labels: any other is converted as a whole, in memory.
+
     Integers `users` [N] in the file say whose each training record is, for user-level sampling.
 
     Inputs [N, ...] may come in any shape that fits `input_shape`; they become float32, or int64 if
@@ -33,7 +37,7 @@ def tensors(
     refused.
 
     Args:
-        path: File ending in .npz or .safetensors.
+        path: File ending in .npz or .safetensors, or a folder of .npy files.
         input_shape: Shape of one input.
         num_classes: Number of classes; None for regression.
         public_size: Number of training records to be used where it must be public.
@@ -43,16 +47,20 @@ def tensors(
         ValueError: If the file cannot be read, lacks a tensor or does not match the declarations.
     """
     path = Path(path)
-    if path.suffix not in _READERS:
-        raise ValueError(f"Expected a file ending in {' or '.join(_READERS)}, got {path.name}.")
-    if not path.is_file():
+    folder = path.is_dir()
+    if not folder and path.suffix not in _READERS:
+        raise ValueError(
+            f"Expected a file ending in {' or '.join(_READERS)}, or a folder of .npy files, got "
+            f"{path.name}."
+        )
+    if not folder and not path.is_file():
         raise ValueError(f"Expected a file at {path}, got none.")
     try:
-        loaded = _READERS[path.suffix](path)
+        loaded = _map_folder(path) if folder else _READERS[path.suffix](path)
     except _UNREADABLE as error:
         raise ValueError(
-            f"Expected a complete {path.suffix} file of plain numeric arrays at {path}, got: "
-            f"{error} Write it again, without objects or strings."
+            f"Expected a complete {'.npy' if folder else path.suffix} file of plain numeric arrays "
+            f"at {path}, got: {error} Write it again, without objects or strings."
         ) from error
     schema = Schema(input_shape, num_classes, vocab_size)
     train = _records(loaded, ("x", "y"), schema, path)
@@ -87,6 +95,14 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         raise ValueError("an incomplete archive.")
     with np.load(path, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def _map_folder(path: Path) -> dict[str, Tensor]:
+    """Memory-maps the .npy files of a folder; what is written to the tensors stays in memory."""
+    return {
+        file.stem: torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+        for file in sorted(path.glob("*.npy"))
+    }
 
 
 _READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {

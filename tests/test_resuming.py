@@ -1,0 +1,291 @@
+"""A run goes on exactly where it was; what cannot be exact is new, charged again, and said."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import runs
+from command_line import ROOT, Running, command, environment
+
+from dpsgd.run_directory import charged
+
+FRESH = [word for word in runs.SHORT if word != runs.KEY]
+
+
+def stopped(folder, *extra, words=runs.SHORT, after=3, sent=signal.SIGTERM):
+    """A run that was asked to stop after some steps."""
+    stop = f"""if True:
+        import os
+        from dpsgd.private_step import PrivateStep
+        _release = PrivateStep.release
+        def release(self):
+            _release(self)
+            if self.step == {after}:
+                os.kill(os.getpid(), {int(sent)})
+        PrivateStep.release = release"""
+    done = Running(*words, *extra, cwd=folder, before=runs.watched(folder) + stop).wait()
+    assert done.returncode in (130, -9), done.stderr + done.stdout
+    return done
+
+
+def resumed(folder, *extra, check=True, **options):
+    words = ["resume=r", *extra]
+    return command(*words, cwd=folder, before=runs.watched(folder), check=check, **options)
+
+
+def test_a_run_that_was_asked_to_stop_ends_like_any_other(undisturbed, tmp_path):
+    stopped(tmp_path)
+    assert [step for step, _ in runs.releases(tmp_path)] == [0, 1, 2]
+    resumed(tmp_path)
+    assert [step for step, _ in runs.releases(tmp_path)] == list(range(7)), "nothing is repeated"
+    assert runs.model(tmp_path) == runs.model(undisturbed)
+    assert runs.history(tmp_path) == runs.history(undisturbed)
+    assert charged(tmp_path / "r").ended
+    assert not (tmp_path / "r" / "private" / "key").exists()
+
+
+@pytest.mark.parametrize("rows", [5, 1000])
+def test_at_every_physical_batch_size(rows, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    extra = f"trainer.physical_batch_size={rows}"
+    for folder in (whole, cut):
+        folder.mkdir()
+    runs.finish(whole, extra)
+    stopped(cut, extra, sent=signal.SIGKILL)
+    runs.finish(cut, extra)
+    assert runs.model(cut) == runs.model(whole)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("engine=vmap",),
+        ("engine=opacus", "clipping=flat"),
+        ("optimizer=adam",),
+        ("dtype=bfloat16", "engine=hooks"),
+        ("sampler=shuffled", "privacy.adjacency=replace_one", "accountant=pld"),
+        ("model=cnn", "clipping=per_layer", "privacy.noise_schedule={0:1,3:2}"),
+    ],
+    ids=str,
+)
+def test_with_every_kind_of_state(extra, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    words = list(runs.SHORT)
+    if "model=cnn" in extra or "clipping=flat" in extra or "clipping=per_layer" in extra:
+        words.remove("clipping=adaptive")
+    if "sampler=shuffled" in extra:
+        words.remove("accountant=rdp")
+        words[words.index("sampler.sample_rate=0.1")] = "sampler.expected_batch_size=300"
+    for folder in (whole, cut):
+        folder.mkdir()
+    command(*words, *extra, cwd=whole, before=runs.watched(whole))
+    stopped(cut, *extra, words=words, sent=signal.SIGKILL)
+    resumed(cut)
+    assert runs.model(cut) == runs.model(whole)
+    assert charged(cut / "r").epsilon() == charged(whole / "r").epsilon()
+
+
+def test_steps_after_a_kill_are_the_same_without_a_fixed_key(tmp_path):
+    """Noise and coins follow from what is in private/, not from privacy.key."""
+    stopped(tmp_path, words=FRESH, sent=signal.SIGKILL)
+    resumed(tmp_path)
+    steps = [step for step, _ in runs.releases(tmp_path)]
+    assert steps == [0, 1, 2, 2, 3, 4, 5, 6], "from the checkpoint at step 2"
+    runs.check_nothing_is_uncharged(tmp_path)
+
+
+CHANGES = [
+    (["optimizer.lr=0.05"], {}, "optimizer.lr was 0.2 and is 0.05"),
+    (["trainer.physical_batch_size=16"], {}, "physical_batch_size was 32 and is 16"),
+    (["engine=loop"], {}, "engine._target_"),
+    (["seed=1"], {}, "seed was 0 and is 1"),
+    ([], {"before": "import torch; torch.set_num_threads(2)"}, "threads was 1 and is 2"),
+    ([], {"before": "import dpsgd.replay as r; r._code = lambda: 'other'"}, "code was"),
+]
+
+
+@pytest.mark.parametrize(("extra", "options", "words"), CHANGES, ids=[row[2] for row in CHANGES])
+def test_what_cannot_be_exact_is_a_new_attempt(extra, options, words, tmp_path):
+    stopped(tmp_path, sent=signal.SIGKILL)
+    before = options.pop("before", "")
+    done = command("resume=r", *extra, cwd=tmp_path, before=runs.watched(tmp_path) + before)
+    options["before"] = before
+    assert words in " ".join(done.stdout.replace("│", " ").split())
+    found = charged(tmp_path / "r")
+    assert found.last_attempt == 1
+    assert [(a.start, sum(n for _, n in a.noise)) for a in found.attempts] == [
+        (0, 3),
+        (2, 4),
+    ], "one step was charged twice, so the budget ends one step before the last"
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert report["charged_steps"] == 7
+    assert report["steps"] == 6
+    digests = [digest for _, digest in runs.releases(tmp_path)]
+    assert len(set(digests)) == len(digests) == 7, "no noise is used again"
+
+
+def test_the_device_that_a_run_was_told_does_not_matter_but_the_one_it_has(tmp_path):
+    stopped(tmp_path)
+    resumed(tmp_path, "device=auto")
+    assert charged(tmp_path / "r").last_attempt == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "was"),
+    [
+        ("privacy.noise_multiplier=4", "5.0"),
+        ("clipping.max_grad_norm=2", "1.0"),
+        ("sampler.sample_rate=0.2", "0.1"),
+        ("trainer.num_steps=9", "7"),
+        ("privacy.target_delta=1e-6", "1e-05"),
+        ("data.public_size=1400", "1437"),
+    ],
+)
+def test_the_guarantee_cannot_change_under_way(change, was, tmp_path):
+    stopped(tmp_path)
+    before = runs.releases(tmp_path)
+    for words in ([*runs.SHORT, change], ["resume=r", change]):
+        kept = [word for word in words if word.split("=")[0] != change.split("=")[0]]
+        done = command(*kept, change, cwd=tmp_path, check=False)
+        assert done.returncode == 2
+        name, _, now = change.partition("=")
+        row = next(line for line in done.stderr.splitlines() if name in line)
+        assert row.split()[1] == was
+        assert float(row.split()[2]) == float(now)
+        assert "the run's" in done.stderr
+    assert runs.releases(tmp_path) == before
+    resumed(tmp_path)
+
+
+def test_other_records_are_refused_unless_they_are_wanted(tmp_path):
+    def write(seed):
+        generator = np.random.default_rng(seed)
+        x, y = generator.random((40, 4), dtype=np.float32), generator.integers(0, 3, 40)
+        np.savez(tmp_path / "data.npz", x=x, y=y)
+
+    words = [w for w in FRESH if not w.startswith(("sampler", "model.", "model="))] + [
+        "data=tensors", "data.path=data.npz", "data.input_shape=[4]", "data.num_classes=3",
+        "data.public_size=40", "model=linear", "sampler.sample_rate=0.5",
+    ]  # fmt: skip
+    write(0)
+    stopped(tmp_path, words=words)
+    write(1)
+    done = resumed(tmp_path, check=False)
+    assert done.returncode == 2
+    assert "Expected the training records that the run began with" in done.stderr
+    resumed(tmp_path, "checkpoint.allow_new_data=true")
+    assert charged(tmp_path / "r").last_attempt == 1
+
+
+def test_a_copy_forks_and_a_moved_directory_does_not(tmp_path):
+    stopped(tmp_path)
+    shutil.copytree(tmp_path / "r", tmp_path / "copy")
+    done = command("resume=copy", cwd=tmp_path, before=runs.watched(tmp_path))
+    assert "copy of" in done.stdout
+    (tmp_path / "r").rename(tmp_path / "elsewhere")
+    command("resume=elsewhere", cwd=tmp_path, before=runs.watched(tmp_path))
+    assert charged(tmp_path / "copy").last_attempt == 1
+    assert charged(tmp_path / "copy").steps == 7, "what was charged before is inherited"
+    assert charged(tmp_path / "elsewhere").last_attempt == 0
+    digests = [digest for _, digest in runs.releases(tmp_path)]
+    assert len(set(digests)) == len(digests) == 3 + 4 + 4
+
+
+def test_an_older_state_put_back_repeats_the_same_releases(tmp_path):
+    stopped(tmp_path)
+    shutil.copytree(tmp_path / "r", tmp_path / "backup")
+    resumed(tmp_path)
+    shutil.rmtree(tmp_path / "r")
+    shutil.move(tmp_path / "backup", tmp_path / "r")
+    resumed(tmp_path)
+    made = [digest for _, digest in runs.releases(tmp_path)]
+    assert made[3:7] == made[7:], "the same noise on the same sums"
+
+
+@pytest.mark.parametrize("damage", ["edited", "cut", "gone", "no key"])
+def test_a_ledger_that_does_not_fit_is_refused(damage, tmp_path):
+    stopped(tmp_path)
+    ledger = tmp_path / "r" / "ledger.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    if damage == "edited":
+        ledger.write_bytes(ledger.read_bytes().replace(b'"noise":5.0', b'"noise":6.0', 1))
+    elif damage == "cut":
+        ledger.write_bytes(b"".join(lines[:-1]))
+    elif damage == "gone":
+        ledger.unlink()
+    else:
+        (tmp_path / "r" / "private" / "ledger_key").unlink()
+    before = ledger.read_bytes() if ledger.exists() else None
+    done = resumed(tmp_path, check=False)
+    assert done.returncode == 2
+    assert "ledger" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (ledger.read_bytes() if ledger.exists() else None) == before
+    assert len(runs.releases(tmp_path)) == 3
+
+
+def test_two_processes_do_not_share_a_run(tmp_path):
+    stopped(tmp_path)
+    slow = (
+        "import time; from dpsgd.trainer import Trainer; Trainer._take = lambda *_: time.sleep(99)"
+    )
+    first = Running("resume=r", cwd=tmp_path, before=slow)
+    try:
+        size = (tmp_path / "r" / "ledger.jsonl").stat().st_size
+        while (tmp_path / "r" / "ledger.jsonl").stat().st_size == size:
+            pass
+        done = resumed(tmp_path, check=False)
+        assert done.returncode == 2
+        assert "one process per run" in done.stderr
+    finally:
+        first.send(signal.SIGKILL)
+        first.wait()
+    resumed(tmp_path)
+
+
+def test_a_run_that_ended_is_not_begun_again(undisturbed):
+    for words in (runs.SHORT, ["resume=r"]):
+        done = command(*words, cwd=undisturbed, check=False)
+        assert done.returncode == 2
+        assert "has ended" in done.stderr
+
+
+def test_no_key_is_in_any_file_but_its_own(tmp_path):
+    stopped(tmp_path, words=FRESH)
+    key = (tmp_path / "r" / "private" / "key").read_text()
+    ledger_key = (tmp_path / "r" / "private" / "ledger_key").read_text()
+    for path in (tmp_path / "r").rglob("*"):
+        if path.is_file() and path.name not in ("key", "ledger_key"):
+            content = path.read_bytes()
+            for secret in (key, ledger_key):
+                assert secret.encode() not in content
+                assert bytes.fromhex(secret) not in content
+        assert path.stat().st_mode & 0o077 == 0 or "private" not in path.parts
+
+
+def test_an_interrupted_choice_among_runs_leaves_no_key(tmp_path):
+    stop = "import os, signal; from dpsgd.trainer import Trainer; " \
+        "Trainer._take = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {}"  # fmt: skip
+    words = ["sweep=random_stopping", "sweep.over={optimizer.lr:[0.1,0.2]}", "sweep.mean=3"]
+    done = command(*FRESH, *words, cwd=tmp_path, before=stop, check=False)
+    assert done.returncode == 130, done.stderr
+    assert not list((tmp_path / "r").rglob("key"))
+    done = command(*FRESH, *words, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "cannot go on" in done.stderr
+
+
+def test_the_real_command_resumes_too(tmp_path):
+    """Once without the tests' process of which commands are forks."""
+    stopped(tmp_path, words=FRESH)
+    subprocess.run(
+        [sys.executable, "-m", "dpsgd.train", "resume=r"],
+        cwd=tmp_path, env=environment(), check=True, capture_output=True,
+    )  # fmt: skip
+    assert os.path.exists(ROOT)
+    assert charged(tmp_path / "r").ended
