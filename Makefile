@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-gpu mutations audit lint bench digits clean
+.PHONY: help train test test-all test-faults test-gpu dependencies mutations audit lint bench digits clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,12 +25,15 @@ train: $(STAMP)  ## set up, then train on digits at epsilon 3 (ARGS="engine=hook
 	$(BIN)/python -m dpsgd.train $(ARGS)
 
 test: $(STAMP)  ## set up, then run the tests
-	$(PYTEST) -m "not slow and not gpu and not hf" $(ARGS)
+	$(PYTEST) -m "not slow and not faults and not gpu and not hf" $(ARGS)
 
 test-all: $(STAMP)  ## the tests, slow ones and Hugging Face models included
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev,hf]'
-	$(PYTEST) -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu and not faults" $(ARGS)
+
+test-faults: $(STAMP)  ## kills at every place, full disks, damaged files: some ten minutes
+	$(PYTEST) tests/faults tests/test_resuming.py $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -41,6 +44,10 @@ mutations: $(STAMP)  ## plant privacy bugs one at a time; the test of each must 
 audit: $(STAMP)  ## try to break the privacy of a configuration (ARGS="engine=vmap ...")
 	$(BIN)/python -m dpsgd.audit trainer.num_steps=1 audit.runs=2000 $(ARGS)
 	$(BIN)/python -m dpsgd.audit audit.minutes=5 $(ARGS)
+
+dependencies: $(STAMP)  ## known vulnerabilities in what the constraints pin (needs the network)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .

@@ -63,7 +63,6 @@ def test_shuffling_is_said_to_be_dear(tmp_path):
     [
         (["account.solve=num_steps"], "noise_multiplier to solve"),
         (["account.solve=luck", "privacy.noise_multiplier=3"], "num_steps or sample_rate"),
-        (["account.solve=num_steps"], "noise_multiplier to solve"),
         (["account.solve=num_steps", "privacy.noise_multiplier=0.1"], "one step"),
         (["account.solve=sample_rate", "privacy.noise_multiplier=3", "sampler=truncated_poisson"],
          "solve for sample_rate"),

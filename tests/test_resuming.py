@@ -289,3 +289,169 @@ def test_the_real_command_resumes_too(tmp_path):
     )  # fmt: skip
     assert os.path.exists(ROOT)
     assert charged(tmp_path / "r").ended
+
+
+def test_a_key_that_is_no_longer_fixed_is_a_new_attempt(tmp_path):
+    """The streams of a fixed key leave the records out: the same attempt would have two of them."""
+    stopped(tmp_path)
+    done = command(*FRESH, cwd=tmp_path, before=runs.watched(tmp_path))
+    assert "privacy.key was fixed" in " ".join(done.stdout.split())
+    assert "NOT PRIVATE" in done.stdout, "some of its releases are not"
+    assert charged(tmp_path / "r").last_attempt == 1
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ("quantile: 0.5", "quantile: 0.9"),
+        ("noise_schedule: null", "noise_schedule: {0: 1.0, 4: 0.3}"),
+        ("num_steps: 7", "num_steps: 70"),
+    ],
+)
+def test_an_edited_configuration_does_not_change_the_guarantee(was, now, tmp_path):
+    stopped(tmp_path)
+    config = tmp_path / "r" / "config.yaml"
+    config.write_text(config.read_text().replace(was, now))
+    done = resumed(tmp_path, check=False)
+    assert done.returncode == 2
+    assert "the run's" in done.stderr
+
+
+def test_every_attempt_keeps_to_the_budget_also_when_it_is_resumed(tmp_path):
+    stopped(tmp_path, sent=signal.SIGKILL)
+    stopped(tmp_path, "optimizer.lr=0.05", after=4)
+    runs.finish(tmp_path, "optimizer.lr=0.05")
+    found = charged(tmp_path / "r")
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert (found.last_attempt, found.steps, report["steps"]) == (1, 7, 6)
+    assert report["epsilon"] == pytest.approx(0.2198, abs=1e-3), "that of the plan"
+    lines = [json.loads(x) for x in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    spent = [line["privacy/epsilon"] for line in lines if "privacy/epsilon" in line]
+    assert spent == sorted(spent)
+    assert spent[-1] == pytest.approx(report["epsilon"])
+    rates = [line["optimizer/learning_rate"] for line in lines if "privacy/epsilon" in line]
+    assert rates == [0.2, 0.2, 0.05, 0.05, 0.05, 0.05], "what is typed has an effect"
+
+
+def test_another_optimizer_begins_without_a_state(tmp_path):
+    stopped(tmp_path)
+    done = resumed(tmp_path, "optimizer=adam")
+    assert "optimizer._target_ was torch.optim.SGD" in " ".join(done.stdout.split())
+    assert charged(tmp_path / "r").ended
+
+
+def test_an_old_attempt_put_back_beside_a_newer_ledger_does_not_go_on(tmp_path):
+    stopped(tmp_path, sent=signal.SIGKILL)
+    shutil.copytree(tmp_path / "r", tmp_path / "backup")
+    stopped(tmp_path, "optimizer.lr=0.05", after=4)
+    for name in ("checkpoints", "private"):
+        shutil.rmtree(tmp_path / "r" / name)
+        shutil.copytree(tmp_path / "backup" / name, tmp_path / "r" / name)
+    done = resumed(tmp_path, check=False)
+    assert done.returncode in (0, 2)
+    found = charged(tmp_path / "r")
+    digests = [digest for _, digest in runs.releases(tmp_path)]
+    assert len(set(digests)) <= found.steps
+
+
+@pytest.mark.parametrize("name", ["MKL_CBWR", "OMP_SCHEDULE", "ONEDNN_MAX_CPU_ISA"])
+def test_variables_that_change_the_rounding_end_a_replay(name, tmp_path):
+    stopped(tmp_path)
+    done = resumed(tmp_path, variables={name: "1"})
+    assert name in done.stdout
+    assert charged(tmp_path / "r").last_attempt == 1
+
+
+@pytest.mark.parametrize("optimizer", ["NAdam", "ASGD", "Adadelta", "RMSprop", "Adagrad"])
+def test_states_of_optimizers_come_back_in_their_own_types(optimizer, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    extra = ("dtype=bfloat16", f"optimizer._target_=torch.optim.{optimizer}", "optimizer.lr=0.01")
+    for folder in (whole, cut):
+        folder.mkdir()
+    runs.finish(whole, *extra)
+    stopped(cut, *extra, after=4)
+    resumed(cut)
+    assert charged(cut / "r").last_attempt == 0
+    assert runs.model(cut) == runs.model(whole)
+
+
+def test_resume_with_several_jobs_is_refused(tmp_path):
+    stopped(tmp_path)
+    done = command("-m", "resume=r", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "leave out -m" in done.stderr
+
+
+def test_a_sweep_goes_on_with_the_same_command(tmp_path):
+    words = [w for w in FRESH if w != "run.dir=r"] + ["run.dir=s", "optimizer.lr=0.1,0.2"]
+    breaks = """if True:
+        import os
+        from dpsgd.private_step import PrivateStep
+        _release, count = PrivateStep.release, iter(range(99))
+        def release(self):
+            _release(self)
+            if next(count) == 10:
+                os.kill(os.getpid(), 9)
+        PrivateStep.release = release"""
+    done = command("-m", *words, cwd=tmp_path, before=breaks, check=False)
+    assert done.returncode == -9
+    done = command("-m", *words, cwd=tmp_path)
+    assert "had ended; it is not repeated" in " ".join(done.stdout.split())
+    jobs = sorted((tmp_path / "s").glob("*/ledger.jsonl"))
+    assert [charged(job.parent).steps for job in jobs] == [7, 7]
+
+
+def test_a_run_that_another_process_ended_meanwhile_is_not_begun_again(tmp_path):
+    waits = """if True:
+        import pathlib, time
+        from dpsgd.trainer import Trainer
+        _warm_up = Trainer.warm_up
+        def warm_up(self):
+            _warm_up(self)
+            pathlib.Path("prepared").touch()
+            while not pathlib.Path("go").exists():
+                time.sleep(0.01)
+        Trainer.warm_up = warm_up"""
+    late = Running(*FRESH, "optimizer.lr=0.05", cwd=tmp_path, before=waits)
+    while not (tmp_path / "prepared").exists():
+        pass
+    command(*FRESH, cwd=tmp_path)
+    before = (tmp_path / "r" / "ledger.jsonl").read_bytes()
+    (tmp_path / "go").touch()
+    done = late.wait()
+    assert done.returncode == 2
+    assert "has ended" in done.stderr
+    assert (tmp_path / "r" / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "config.yaml", "metrics.jsonl", "private/key"])
+def test_a_directory_in_the_place_of_a_file_is_one_message(name, tmp_path):
+    stopped(tmp_path)
+    path = tmp_path / "r" / name
+    path.unlink()
+    path.mkdir()
+    done = resumed(tmp_path, check=False)
+    assert done.returncode in (0, 2)
+    assert "Traceback" not in done.stderr
+    if done.returncode == 0:
+        runs.check_nothing_is_uncharged(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["privacy: 5\n", "a: 1\n", "[]\n", "{\n", "privacy: {a: 1}\n"])
+def test_a_configuration_of_nonsense_is_one_message(text, tmp_path):
+    stopped(tmp_path)
+    (tmp_path / "r" / "config.yaml").write_text(text)
+    done = resumed(tmp_path, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Error: " in done.stderr
+
+
+def test_what_is_left_of_an_older_run_does_not_confuse_a_new_one(tmp_path):
+    runs.finish(tmp_path)
+    for name in ("config.yaml", "ledger.jsonl", "model.safetensors"):
+        (tmp_path / "r" / name).unlink()
+    (tmp_path / "released").unlink()
+    stopped(tmp_path, words=FRESH, sent=signal.SIGKILL)
+    resumed(tmp_path)
+    runs.check_nothing_is_uncharged(tmp_path)
