@@ -107,9 +107,7 @@ def test_objects_and_strings_are_refused(tmp_path, array):
 
 
 def test_an_unknown_format(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"or a folder of \.npy files, got data\.pt"
-    ):
+    with pytest.raises(ValueError, match=r"or a folder of \.npy files, got data\.pt"):
         read(tmp_path / "data.pt")
 
 
