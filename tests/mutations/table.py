@@ -29,6 +29,7 @@ T2 = "tests/privacy/test_t2_noise.py::"
 T3 = "tests/privacy/test_t3_sampling.py::"
 OTHERS = "tests/privacy/test_t3_other_samplers.py::"
 ROUTES = "tests/engines/test_agreement.py::test_every_route_of_the_ghost_engine_agrees"
+RESUMING = "tests/test_resuming.py::"
 T8 = "tests/privacy/test_t8_leaks.py::"
 
 NOISE = "flat[place : place + len(noise)].add_(noise.to(flat), alpha=std)"
@@ -315,5 +316,68 @@ MUTATIONS = [
         "        return total / counted.sum(1).clamp(min=1)",
         "        return total",
         POLICIES + "test_a_users_loss_is_the_mean_over_its_records",
+    ),
+    Mutation(
+        "an attempt forgets what other attempts have spent",
+        "resuming.py",
+        "    return Budget(plan, others, own[0] if own else start.checkpoint.step)",
+        "    return Budget(plan, (), 0)",
+        RESUMING + "test_every_attempt_keeps_to_the_budget_also_when_it_is_resumed",
+    ),
+    Mutation(
+        "another learning rate is replayed with the same noise",
+        "resuming.py",
+        'for kind in ("conditions", "settings")',
+        'for kind in ("conditions",)',
+        RESUMING + "test_what_cannot_be_exact_is_a_new_attempt",
+    ),
+    Mutation(
+        "other records are trained on as if they were the same",
+        "resuming.py",
+        'if before["records"] != now["records"] and not allow_new_data:',
+        "if False:",
+        RESUMING + "test_other_records_are_refused_unless_they_are_wanted",
+    ),
+    Mutation(
+        "the guarantee of a run changes under way",
+        "resuming.py",
+        '    _check_settings(charged.plan.get("settings", {}), config)\n',
+        "",
+        RESUMING + "test_an_edited_configuration_does_not_change_the_guarantee",
+    ),
+    Mutation(
+        "a copy of a run goes on with its noise",
+        "resuming.py",
+        'if before["path"] != now["path"] and before["inode"] != now["inode"]:',
+        "if False:",
+        RESUMING + "test_a_copy_forks_and_a_moved_directory_does_not",
+    ),
+    Mutation(
+        "a ledger may lose the lines that a checkpoint has seen",
+        "ledger.py",
+        "if head is not None and not lines.head_seen:",
+        "if False:",
+        RESUMING + "test_a_ledger_that_does_not_fit_is_refused",
+    ),
+    Mutation(
+        "an edited checkpoint is loaded",
+        "checkpoint.py",
+        "if not hmac.compare_digest(mac, self._mac(text)):",
+        "if False:",
+        "tests/faults/test_damage.py::test_a_checkpoint_of_another_run_is_not_loaded",
+    ),
+    Mutation(
+        "dropout of a replayed step differs",
+        "trainer.py",
+        "                    seed_step(self.seed, number)",
+        "                    pass",
+        RESUMING + "test_a_run_that_was_asked_to_stop_ends_like_any_other",
+    ),
+    Mutation(
+        "the key outlives the run",
+        "run_directory.py",
+        "        destroy_key(self.private / KEY)\n",
+        "        pass\n",
+        "tests/test_train.py::test_private_things_are_in_the_locked_drawer_only",
     ),
 ]
