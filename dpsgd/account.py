@@ -18,8 +18,8 @@ from dpsgd.components import build
 from dpsgd.ledger import Charged, read
 from dpsgd.plan import PrivacyPlan
 from dpsgd.planning import privacy_plan
-from dpsgd.report import caution
-from dpsgd.run_directory import REPORT, charged
+from dpsgd.report import attempts_in_words, caution
+from dpsgd.run_directory import KEY, REPORT, charged
 
 _RATES = (0.001, 0.01, 0.1)
 _TOLERANCE = 1e-9
@@ -144,7 +144,13 @@ def _ledger_table(
     table.add_row("steps", f"{found.steps} charged of {plan['num_steps']} planned")
     chain = "verified" if found.verified else "not verified: its key is not beside it (private/)"
     table.add_row("chain", chain)
-    end = "ended" if found.ended else "did not end: the last step charged may not have happened"
+    end = "ended" if found.ended else f"did not end: {_unfinished(path)}"
+    if len(found.attempts) > 1:
+        every = [
+            {"first_step": a.start, "charged_steps": sum(n for _, n in a.noise)}
+            for a in found.attempts
+        ]
+        table.add_row("attempts", attempts_in_words(every))
     table.add_row("run", end + (", its last line is torn and counts as a step" * found.torn))
     if reported is not None and reported["sweep"] is not None:
         sweep = reported["sweep"]
@@ -157,6 +163,13 @@ def _ledger_table(
         words = "agrees" if agrees else f"DISAGREES: it says epsilon {reported['epsilon']:.4f}"
         table.add_row("its report", words, style=None if agrees else "bold red")
     return table
+
+
+def _unfinished(path: Path) -> str:
+    words = "the last step charged may not have happened"
+    if (path / "private" / KEY).exists():
+        return f"{words}. python -m dpsgd.train resume={path} goes on with it"
+    return words
 
 
 def main() -> None:

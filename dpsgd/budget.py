@@ -57,4 +57,13 @@ class Budget:
 
     def curve(self) -> Curve:
         """Returns the epsilon spent against this attempt's steps."""
-        return Curve(self.epsilon, self._plan.num_steps) if self._others else self._plan.curve
+        if not self._others:
+            return self._plan.curve
+        begun = self.epsilon(self._first)
+
+        def spent(step: int) -> float:  # what came before was spent step by step as well
+            return (
+                self.epsilon(step) if step > self._first else min(begun, self._plan.epsilon(step))
+            )
+
+        return Curve(spent, max(1, self.last_step()))

@@ -91,7 +91,7 @@ def resumed(config: DictConfig) -> DictConfig:
         raise ValueError("resume and run.dir exclude each other, and both are set: set one.")
     run = RunDirectory(config.resume)
     if not run.unfinished:
-        raise ValueError(f"Expected an unfinished run in '{config.resume}', got none.")
+        raise ValueError(f"Expected an unfinished run to resume in '{config.resume}', got no run.")
     stored, key = resolve(run.config(), []), run.key()
     lacking = [name for name in config if name not in stored]
     if lacking:

@@ -54,11 +54,12 @@ def resolve(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return _checked(config)
 
 
-def redacted(config: DictConfig) -> str:
-    """Returns the configuration as YAML, interpolations resolved, without the key."""
+def saved_settings(config: DictConfig) -> str:
+    """Returns the configuration as YAML, interpolations resolved, without key and permissions."""
     copy = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     if copy.privacy.key is not None:
         copy.privacy.key = "<redacted>"
+    copy.checkpoint.allow_new_data = False  # it is given for one command
     return OmegaConf.to_yaml(copy)
 
 

@@ -142,7 +142,8 @@ def run_candidates(
             destroy_key(secret)
         raise ValueError(
             f"Expected a new run directory, but '{path}' holds a sweep that was interrupted. How "
-            "many runs it had is secret, so it cannot go on: choose another run.dir."
+            "many runs it had is secret, so it cannot go on: choose another run.dir, count this "
+            "sweep's whole epsilon as spent, and remove the directory."
         )
     picks = rng.uniforms(rng.derive(key, "choices"), 0, count).mul(len(choices)).ceil().long() - 1
     reports = []

@@ -67,7 +67,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
 def conditions(device: torch.device) -> dict[str, Any]:
     """Returns what besides the configuration and the data decides how numbers are rounded."""
     cpu = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
-    variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_VARIABLES) and not name.endswith("_NUM_THREADS")
+    }
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {
         "device": where,

@@ -28,6 +28,7 @@ def final_report(
     routes: Mapping[str, str],
     *,
     steps_taken: int,
+    steps_timed: int,
     history: Sequence[Mapping[str, float]],
     seconds: float,
     curve: Curve,
@@ -42,6 +43,7 @@ def final_report(
         engine: The engine that was used.
         routes: How it gets the gradients of each parameter.
         steps_taken: Releases made.
+        steps_timed: Those of them that `seconds` are of: the others were made before.
         history: The public figures of the evaluated steps.
         seconds: Training time.
         curve: Spent epsilon against steps.
@@ -80,6 +82,11 @@ def final_report(
         "expected_batch_size": plan.expected_batch_size,
         "public_size": sampler.public_size,
         "steps": steps_taken,
+        "steps_timed": steps_timed,
+        "attempts": [
+            {"first_step": a.start, "charged_steps": sum(n for _, n in a.noise)}
+            for a in charged.attempts
+        ],
         "charged_steps": charged.steps,
         "planned_steps": plan.num_steps,
         "interrupted": interrupted,
@@ -144,11 +151,27 @@ def summary(report: Mapping[str, Any], where: str) -> RenderableType:
         f"expected batch {report['expected_batch_size']:.1f}",
     )
     steps = f"{report['steps']} of {report['planned_steps']}"
-    table.add_row("steps", f"{steps} in {report['seconds']:.1f} s")
+    table.add_row("steps", f"{steps}{timed(report)}")
+    if len(report["attempts"]) > 1:
+        table.add_row("attempts", attempts_in_words(report["attempts"]))
     ways = ", ".join(f"{way} {n}" for way, n in Counter(report["routes"].values()).items())
     table.add_row("engine", f"{report['engine']} on {report['device']} (parameters: {ways})")
     table.add_row("saved in", where)
     return Group(banner(report["not_private_because"]), table) if not report["private"] else table
+
+
+def timed(report: Mapping[str, Any]) -> str:
+    """Returns how long the steps took: all of them, or those since the run went on."""
+    seconds = f"{report['seconds']:.1f} s"
+    if report["steps_timed"] == report["steps"]:
+        return f" in {seconds}"
+    return f", the last {report['steps_timed']} of them in {seconds}"
+
+
+def attempts_in_words(attempts: Sequence[Mapping[str, int]]) -> str:
+    """Returns what each attempt at a run charged."""
+    parts = [f"{a['charged_steps']} steps from step {a['first_step']} on" for a in attempts]
+    return f"{len(parts)}: {', then '.join(parts)}; what was repeated is charged twice"
 
 
 def caution(words: str) -> RenderableType:

@@ -207,6 +207,8 @@ def _routes(routes: Mapping[str, str]) -> list[tuple[str, list[str]]]:
 def _spent(report: Mapping[str, Any]) -> list[tuple[int, float]]:
     """The steps at which epsilon was computed, as far as they were charged, and epsilon."""
     curve, charged = report["epsilon_curve"], report["charged_steps"]
+    if len(report["attempts"]) > 1:  # the curve is by the steps that count, not by those charged
+        charged = report["steps"]
     before = [point for point in zip(curve["steps"], curve["epsilons"]) if point[0] < charged]
     return [*before, (charged, report["epsilon"])]
 

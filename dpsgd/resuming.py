@@ -92,7 +92,7 @@ def started(
         again["fixed"] = again["fixed"] or record.get("fixed", False)
         notes.append(
             f"The run goes on from step {checkpoint.step} as a new attempt with new noise, since "
-            f"{'; '.join(reasons)}. Steps that it repeats are charged again."
+            f"{'; '.join(reasons)}. {_repeated(charged, checkpoint.step)}"
         )
     return Start(
         key=old,
@@ -206,10 +206,24 @@ def _check_settings(before: Mapping[str, Any], config: DictConfig) -> None:
         )
 
 
+def _repeated(charged: Charged, step: int) -> str:
+    """How many charged steps a new attempt takes anew, in words."""
+    ends = [attempt.start + sum(n for _, n in attempt.noise) for attempt in charged.attempts]
+    count = max(0, ends[-1] - step) if ends else 0
+    if not count:
+        return "No step is repeated."
+    return f"{count} step{'s are' if count > 1 else ' is'} repeated and charged again."
+
+
 def _refusal(words: str, changed: list[tuple[str, str, str]]) -> str:
     rows = [("setting", "the run's", "now"), *changed]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
     return "\n".join(
-        [words, *lines, "Go on with the run's settings, or start a new run in another run.dir."]
+        [
+            words,
+            *lines,
+            "Go on with the run's settings (resume=RUN_DIR takes them), or start a new run in "
+            "another run.dir.",
+        ]
     )

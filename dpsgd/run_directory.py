@@ -57,7 +57,7 @@ class RunDirectory:
         if any((self.path / name).exists() for name in (CONFIG, LEDGER, MODEL)):
             raise ValueError(
                 f"Expected a new run directory or one to go on with, but '{self.path}' holds a run "
-                "that has ended. Choose another run.dir, or remove it."
+                "that has ended, or whose private/key is gone. For another run, name a new run.dir."
             )
         return False
 

@@ -20,7 +20,7 @@ from rich.progress import (
 from dpsgd import replay, resuming
 from dpsgd.checkpoint import Checkpoint
 from dpsgd.checks import Preflight
-from dpsgd.config import redacted
+from dpsgd.config import saved_settings
 from dpsgd.ledger import Ledger
 from dpsgd.loggers import (
     JsonLines,
@@ -51,15 +51,25 @@ def run_to_end(
     with console.status("accounting: epsilon of every step"):
         budget = resuming.budget(trainer.plan, start)
         until, curve = budget.last_step(), budget.curve()
+    if start.checkpoint is not None:
+        at = f"step {start.checkpoint.step} of {trainer.plan.num_steps}"
+        if start.replays:
+            console.print(f"Going on from {at}, exactly where it was.")
+        if until < trainer.plan.num_steps:
+            console.print(
+                caution(f"Steps were paid for twice, so the budget ends at step {until}.")
+            )
     trainer.spent = curve
+    saved = saved_settings(config)
+    first = 0 if start.checkpoint is None else start.checkpoint.step
     if start.checkpoint is None:
         run.clear()
-        run.begin(start.key, start.record, redacted(config))
+        run.begin(start.key, start.record, saved)
         guarantee = replay.critical(replay.settings(config))
         ledger = run.new_ledger({**trainer.plan.describe(), "settings": guarantee})
     else:
         trainer.step.load_state_dict(start.checkpoint.state, own_figures=not start.replays)
-        run.begin(start.key, start.record, redacted(config))
+        run.begin(start.key, start.record, saved)
         ledger = run.ledger(start.attempt)
     with closing(ledger):
         seconds = _steps(trainer, run, start, ledger, until, config, console)
@@ -71,6 +81,7 @@ def run_to_end(
             trainer.step.engine,
             passed.routes,
             steps_taken=steps,
+            steps_timed=steps - first,
             history=history(run.path / METRICS),
             seconds=seconds,
             curve=curve,
@@ -78,7 +89,7 @@ def run_to_end(
             not_private=not_private,
         )
         run.save_model(trainer.step.engine.model)
-        write_report(run.path, final, redacted(config))
+        write_report(run.path, final, saved)
         if not interrupted:
             ledger.end(steps)
             run.finish()

@@ -51,7 +51,12 @@ def seed_step(seed: int, step: int) -> None:
     number = int.from_bytes(words[:4], "big")
     random.seed(words)
     np.random.seed(number)
-    torch.manual_seed(int.from_bytes(words[4:12], "big"))
+    number = int.from_bytes(words[4:12], "big")
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():  # torch.manual_seed would take longer than a small step
+        torch.cuda.manual_seed_all(number)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(number)
 
 
 def _seed_environment(env: Any, seed: int) -> None:

@@ -99,9 +99,11 @@ def _in_directory(
                 f"some, then go on with: {_command(run.path)} (with a lower "
                 "trainer.physical_batch_size it is a new attempt)"
             ) from error
+        except KeyboardInterrupt:
+            if (run.private / KEY).exists():
+                console.print(f"Go on with: {_command(run.path)}", soft_wrap=True)
+            raise
     console.print(summary(report, str(run.path)))
-    if report["interrupted"]:
-        console.print(f"Go on with: {_command(run.path)}", soft_wrap=True, highlight=False)
     return report
 
 
@@ -129,6 +131,10 @@ def train_best(config: DictConfig, path: Path, console: Console) -> dict[str, An
     def one(candidate: DictConfig, folder: Path, key: bytes) -> dict[str, Any]:
         report = train(candidate, folder, Console(quiet=True), key)
         if report["interrupted"]:
+            again = _command(path)
+            if cli.in_sweep():
+                again = f"the same command and run.dir={shlex.quote(str(path.parent))}"
+            console.print(f"Go on with: {again}", soft_wrap=True, highlight=False)
             raise KeyboardInterrupt
         return report
 

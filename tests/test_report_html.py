@@ -35,6 +35,8 @@ REPORT = {
     "public_size": 1437,
     "steps": 30,
     "charged_steps": 30,
+    "steps_timed": 30,
+    "attempts": [{"first_step": 0, "charged_steps": 30}],
     "planned_steps": 30,
     "interrupted": False,
     "test": {"test_loss": 0.2622465592828759, "test_accuracy": 0.9222222222222223},

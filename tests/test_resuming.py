@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,25 +18,29 @@ from dpsgd.run_directory import charged
 FRESH = [word for word in runs.SHORT if word != runs.KEY]
 
 
+STOP = """
+import os
+from dpsgd.private_step import PrivateStep
+_release = PrivateStep.release
+def release(self):
+    _release(self)
+    if self.step == {after}:
+        os.kill(os.getpid(), {sent})
+PrivateStep.release = release
+"""
+
+
 def stopped(folder, *extra, words=runs.SHORT, after=3, sent=signal.SIGTERM):
     """A run that was asked to stop after some steps."""
-    stop = f"""if True:
-        import os
-        from dpsgd.private_step import PrivateStep
-        _release = PrivateStep.release
-        def release(self):
-            _release(self)
-            if self.step == {after}:
-                os.kill(os.getpid(), {int(sent)})
-        PrivateStep.release = release"""
+    stop = STOP.format(after=after, sent=int(sent))
     done = Running(*words, *extra, cwd=folder, before=runs.watched(folder) + stop).wait()
     assert done.returncode in (130, -9), done.stderr + done.stdout
     return done
 
 
-def resumed(folder, *extra, check=True, **options):
+def resumed(folder, *extra, before="", check=True, **options):
     words = ["resume=r", *extra]
-    return command(*words, cwd=folder, before=runs.watched(folder), check=check, **options)
+    return command(*words, cwd=folder, before=runs.watched(folder) + before, check=check, **options)
 
 
 def test_a_run_that_was_asked_to_stop_ends_like_any_other(undisturbed, tmp_path):
@@ -178,8 +183,12 @@ def test_other_records_are_refused_unless_they_are_wanted(tmp_path):
     done = resumed(tmp_path, check=False)
     assert done.returncode == 2
     assert "Expected the training records that the run began with" in done.stderr
-    resumed(tmp_path, "checkpoint.allow_new_data=true")
+    stop = STOP.format(after=4, sent=15)
+    resumed(tmp_path, "checkpoint.allow_new_data=true", before=stop, check=False)
     assert charged(tmp_path / "r").last_attempt == 1
+    write(2)
+    done = resumed(tmp_path, check=False)
+    assert done.returncode == 2, "the permission was for one command"
 
 
 def test_a_copy_forks_and_a_moved_directory_does_not(tmp_path):
@@ -330,6 +339,14 @@ def test_every_attempt_keeps_to_the_budget_also_when_it_is_resumed(tmp_path):
     assert spent == sorted(spent)
     assert spent[-1] == pytest.approx(report["epsilon"])
     rates = [line["optimizer/learning_rate"] for line in lines if "privacy/epsilon" in line]
+    assert max(spent) <= 0.2199, "never above the plan's, in between neither"
+    assert report["attempts"] == [
+        {"first_step": 0, "charged_steps": 3},
+        {"first_step": 2, "charged_steps": 4},
+    ]
+    page = " ".join(re.sub("<[^>]*>", " ", (tmp_path / "r" / "report.html").read_text()).split())
+    assert "3 steps from step 0 on, then 4 steps from step 2 on" in page
+    assert "ended early, where the budget did" in page
     assert rates == [0.2, 0.2, 0.05, 0.05, 0.05, 0.05], "what is typed has an effect"
 
 

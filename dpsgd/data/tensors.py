@@ -83,8 +83,8 @@ def _records(
     if missing:
         raise ValueError(
             f"Expected tensors {names[0]} and {names[1]} in {path}, got "
-            f"{', '.join(sorted(loaded)) or 'none'}. Add {' and '.join(missing)}, or leave out the "
-            "test set as a whole."
+            f"{', '.join(sorted(loaded)) or 'none'}. Add {' and '.join(missing)}"
+            f"{', or leave out the test set as a whole' if 'x_test' in names else ''}."
         )
     x, y = (loaded[name] for name in names)
     return schema.conform(x, y)
