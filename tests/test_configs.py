@@ -109,7 +109,7 @@ def test_another_optimizer_drops_the_arguments_of_the_default():
 def test_the_saved_config_has_no_key_and_no_interpolation():
     text = saved_settings(composed("privacy.key='" + "12" * 32 + "'"))
     assert "12" * 32 not in text
-    assert "<saved_settings>" in text
+    assert "<redacted>" in text
     assert "${" not in text
 
 
