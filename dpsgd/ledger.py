@@ -113,9 +113,14 @@ class Ledger:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         text = json.dumps(line, separators=(",", ":"))
-        self._mac = _next_mac(self._key, self._mac, text.encode())
-        durable.append(self._file, f'{text[:-1]},"mac":"{self._mac}"}}\n'.encode())
-        os.fsync(self._file)
+        mac = _next_mac(self._key, self._mac, text.encode())
+        try:
+            durable.append(self._file, f'{text[:-1]},"mac":"{mac}"}}\n'.encode())
+            os.fsync(self._file)
+        except BaseException:  # half a line may be there: nothing can follow it
+            self.close()
+            raise
+        self._mac = mac
 
 
 @dataclass

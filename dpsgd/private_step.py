@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -195,9 +196,9 @@ class PrivateStep:
         return {
             "step": self.step,
             "max_grad_norm": self.clipping.max_grad_norm,
-            "model": _tensors_of(self.engine.model),
+            "model": {n: t.detach().clone() for n, t in _tensors_of(self.engine.model).items()},
             "optimizer_kind": _kind(self.optimizer),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, own_figures: bool = False) -> None:
@@ -214,6 +215,8 @@ class PrivateStep:
         """
         if self._sums:
             raise ValueError("A step is under way. Expected release() or discard() before loading.")
+        step = int(state["step"])
+        clipping = replace(self.clipping, max_grad_norm=state["max_grad_norm"])
         own, found = _tensors_of(self.engine.model), state["model"]
         wrong = sorted(own.keys() ^ found.keys())
         wrong += [n for n in own.keys() & found.keys() if not _alike(own[n], found[n])]
@@ -227,8 +230,7 @@ class PrivateStep:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(found[name])
-        self.step = state["step"]
-        self.clipping = replace(self.clipping, max_grad_norm=state["max_grad_norm"])
+        self.step, self.clipping = step, clipping
 
     def _check_budget(self) -> None:
         if self.num_steps is not None and self.step >= self.num_steps:

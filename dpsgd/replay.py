@@ -132,15 +132,15 @@ def _version(name: str) -> str:
 @lru_cache(maxsize=1)
 def _code() -> str:
     """SHA-256 of this package and of every loaded module that is not an installed one."""
-    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib")]
+    installed = tuple(os.path.realpath(sysconfig.get_path(n)) for n in ("stdlib", "purelib"))
     package = Path(__file__).resolve().parent
     files = set(package.rglob("*.py"))
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        if isinstance(file, str) and file.endswith(".py"):
-            path = Path(file).resolve()
-            if not any(path.is_relative_to(folder) for folder in installed):
-                files.add(path)
+        if isinstance(file, str) and file.endswith(".py") and not file.startswith(installed):
+            path = os.path.realpath(file)
+            if not path.startswith(installed):
+                files.add(Path(path))
     found = sorted(hashlib.sha256(path.read_bytes()).digest() for path in files if path.is_file())
     return hashlib.sha256(b"".join(found)).hexdigest()
 

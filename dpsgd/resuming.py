@@ -85,6 +85,12 @@ def started(
         reasons = _reasons(record, again, config.checkpoint.allow_new_data)
         if charged.last_attempt > checkpoint.attempt:
             reasons.append(f"attempt {charged.last_attempt} has begun since its checkpoint")
+    if reasons is _BROKEN and not config.checkpoint.allow_new_data:
+        raise ValueError(
+            f"Expected private/key and private/attempt.json in '{run.path}' as they were: without "
+            "them nobody can tell whether the records are the same. Put them back, or go on with "
+            "checkpoint.allow_new_data=true, with new noise, all charged on top of what is spent."
+        )
     if reasons or old is None:
         number = 1 + max(charged.last_attempt, checkpoint.attempt, record.get("attempt", 0))
         old = rng.fresh_key()

@@ -149,6 +149,11 @@ class RunDirectory:
         for path in (self.path / LEDGER, self.private / ATTEMPT, self.private / LEDGER_KEY):
             path.unlink(missing_ok=True)
 
+    def remove_results(self) -> None:
+        """Removes report and model of an interruption, which are not those of what comes now."""
+        for name in (REPORT, PAGE, MODEL):
+            (self.path / name).unlink(missing_ok=True)
+
     def new_ledger(self, plan: Mapping[str, Any]) -> Ledger:
         """Returns the ledger of a new run."""
         return Ledger(self.path / LEDGER, self._ledger_key(), plan)

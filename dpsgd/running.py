@@ -69,6 +69,7 @@ def run_to_end(
         ledger = run.new_ledger({**trainer.plan.describe(), "settings": guarantee})
     else:
         trainer.step.load_state_dict(start.checkpoint.state, own_figures=not start.replays)
+        run.remove_results()
         run.begin(start.key, start.record, saved)
         ledger = run.ledger(start.attempt)
     with closing(ledger):

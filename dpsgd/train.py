@@ -131,10 +131,6 @@ def train_best(config: DictConfig, path: Path, console: Console) -> dict[str, An
     def one(candidate: DictConfig, folder: Path, key: bytes) -> dict[str, Any]:
         report = train(candidate, folder, Console(quiet=True), key)
         if report["interrupted"]:
-            again = _command(path)
-            if cli.in_sweep():
-                again = f"the same command and run.dir={shlex.quote(str(path.parent))}"
-            console.print(f"Go on with: {again}", soft_wrap=True, highlight=False)
             raise KeyboardInterrupt
         return report
 
@@ -177,6 +173,10 @@ def main() -> None:
         else:
             console.print(f"The run in '{path}' had ended; it is not repeated.")
         if report["interrupted"]:
+            again = _command(path)
+            if cli.in_sweep():
+                again = f"the same command and run.dir={shlex.quote(str(path.parent))}"
+            console.print(f"Go on with: {again}", soft_wrap=True, highlight=False)
             raise KeyboardInterrupt
 
     cli.run(task, "train")

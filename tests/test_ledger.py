@@ -66,6 +66,25 @@ def test_a_repeated_step_of_an_attempt_is_charged_once_and_another_attempt_again
     assert ledger.read(tmp_path / "l", KEY).steps == 3
 
 
+def test_nothing_follows_a_charge_that_could_not_be_written(tmp_path, monkeypatch):
+    book = Ledger(tmp_path / "l", KEY, PLAN)
+    book.intend(0, 2.0)
+
+    def full(file, data):
+        os.write(file, data[:9])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.durable, "append", full)
+        with pytest.raises(OSError, match="No space"):
+            book.intend(1, 2.0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        book.intend(1, 2.0)
+    again = Ledger.resumed(tmp_path / "l", KEY, 0)
+    again.intend(1, 2.0)
+    assert ledger.read(tmp_path / "l", KEY).steps == 2
+
+
 def edits(lines):
     yield "noise", [*lines[:2], lines[2].replace(b'"noise":2.0', b'"noise":3.0'), *lines[3:]]
     yield "removed", [*lines[:2], *lines[3:]]

@@ -250,3 +250,22 @@ def test_parameters_of_two_precisions_share_a_step():
         step(data())
     assert model[1].bias.grad.dtype == torch.float32
     assert model[1].weight.grad.dtype == torch.float64
+
+
+def test_a_state_is_of_its_moment_and_comes_back_whole():
+    step = make()
+    momentum = torch.optim.SGD(step.engine.model.parameters(), lr=0.1, momentum=0.9)
+    step = make(model=step.engine.model, optimizer=momentum, noise_multiplier=1.0)
+    step(data())
+    state = step.state_dict()
+    weights = [p.detach().clone() for p in step.engine.model.parameters()]
+    step(data())
+    assert step.step == 2
+    step.load_state_dict(state)
+    assert step.step == 1
+    for now, before in zip(step.engine.model.parameters(), weights, strict=True):
+        assert torch.equal(now, before)
+    with pytest.raises(ValueError, match="The noise of step 1 has been used"):
+        step(data())  # the same Gaussian does not give its noise twice
+    with pytest.raises(ValueError, match="state of this model"):
+        step.load_state_dict({**state, "model": {}})

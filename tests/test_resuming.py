@@ -472,3 +472,23 @@ def test_what_is_left_of_an_older_run_does_not_confuse_a_new_one(tmp_path):
     stopped(tmp_path, words=FRESH, sent=signal.SIGKILL)
     resumed(tmp_path)
     runs.check_nothing_is_uncharged(tmp_path)
+
+
+def test_the_report_of_an_interruption_does_not_outlive_it(tmp_path):
+    stopped(tmp_path)
+    assert (tmp_path / "r" / "report.json").exists()
+    resumed(tmp_path, before=STOP.format(after=5, sent=9), check=False)
+    assert not (tmp_path / "r" / "report.json").exists()
+    done = command("ledger=r", module="dpsgd.account", cwd=tmp_path)
+    assert "resume=r goes on with it" in " ".join(done.stdout.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", ["key", "attempt.json"])
+def test_without_its_notes_a_run_goes_on_only_when_told_to(name, tmp_path):
+    stopped(tmp_path, words=FRESH)
+    (tmp_path / "r" / "private" / name).write_text("nonsense")
+    done = resumed(tmp_path, check=False)
+    assert done.returncode == 2
+    assert "whether the records are the same" in done.stderr
+    resumed(tmp_path, "checkpoint.allow_new_data=true")
+    assert charged(tmp_path / "r").last_attempt == 1

@@ -17,7 +17,7 @@ import traceback
 MODULES = (
     "dpsgd.train", "dpsgd.account", "dpsgd.audit", "dpsgd.bench", "dp_accounting",
     "sklearn.datasets", "torch.utils.tensorboard", "safetensors.torch", "scipy.stats",
-    "matplotlib.backends.backend_agg", "opacus", "jinja2",
+    "matplotlib.backends.backend_agg", "opacus", "jinja2", "torch._dynamo",
 )  # fmt: skip
 
 
