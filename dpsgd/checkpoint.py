@@ -6,17 +6,18 @@ import hashlib
 import hmac
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dpsgd import durable
+from dpsgd import durable, tensor_files
+from dpsgd.tensor_files import OneFile, Stored, TensorFiles
 
-_VERSION = 1
+_VERSION = 2
 _KEPT = 2
 _NAME = re.compile(r"attempt-(\d+)-step-(\d+)\.json")
 
@@ -28,7 +29,8 @@ class Checkpoint:
     Attributes:
         attempt: Number of the attempt at the run whose releases led here.
         step: Releases so far.
-        state: Numbers, words, lists, tuples, dictionaries and tensors, nested in any way.
+        state: Numbers, words, lists, tuples, dictionaries and tensors, nested in any way; as read
+            from shards, with `Stored` instead of tensors (see `dpsgd.tensor_files.read`).
         facts: What else belongs to it, plain JSON values: what a replay depends on, for example.
     """
 
@@ -41,20 +43,22 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of a run in a folder, two generations of them.
 
-    A checkpoint is a file of tensors and then, last, its manifest with the tensors' SHA-256 and an
-    HMAC-SHA-256 of itself; either is on the disk under its own name only when it is complete. So a
-    crash at any moment leaves the checkpoint before, and no damaged, edited or foreign one is
-    loaded.
+    A checkpoint is its tensors in one file or several and then, last, its manifest with the SHA-256
+    of these and an HMAC-SHA-256 of itself, which is on the disk under its own name only when it is
+    complete. So a crash at any moment leaves the checkpoint before, and no damaged, edited or
+    foreign one is loaded.
 
     Args:
         folder: Where they are; made if it is missing.
         key: 32 bytes that authenticate them: whoever could change the weights of a run could have
             the noise of a step added to two different sums.
+        files: How tensors are written.
     """
 
-    def __init__(self, folder: Path, key: bytes) -> None:
+    def __init__(self, folder: Path, key: bytes, files: TensorFiles | None = None) -> None:
         self._folder = folder
         self._key = key
+        self._files = OneFile() if files is None else files
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint and removes all but the last two.
@@ -63,22 +67,18 @@ class Checkpoints:
             ValueError: If the state holds what cannot be stored.
             OSError: If it cannot be written; the checkpoints before it are still there.
         """
-        from safetensors.torch import save
-
         self._folder.mkdir(exist_ok=True)
         tensors: dict[str, Tensor] = {}
-        skeleton = _without_tensors(checkpoint.state, tensors)
-        data = save(tensors)
+        skeleton = without_tensors(checkpoint.state, tensors)
+        name = self._folder / f"attempt-{checkpoint.attempt}-step-{checkpoint.step}"
         manifest = {
             "version": _VERSION,
             "attempt": checkpoint.attempt,
             "step": checkpoint.step,
-            "sha256": hashlib.sha256(data).hexdigest(),
             "facts": checkpoint.facts,
             "state": skeleton,
+            **self._files.write(name, tensors),
         }
-        name = self._folder / f"attempt-{checkpoint.attempt}-step-{checkpoint.step}"
-        durable.write(name.with_suffix(".safetensors"), data)
         text = json.dumps(manifest, separators=(",", ":"))
         durable.write(name.with_suffix(".json"), f"{self._mac(text)}\n{text}\n".encode())
         self._prune()
@@ -97,12 +97,8 @@ class Checkpoints:
         return None, damaged
 
     def _load(self, path: Path) -> Checkpoint:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         try:
             mac, text, _ = path.read_text(encoding="ascii").split("\n")
-            data = path.with_suffix(".safetensors").read_bytes()
         except OSError as error:
             raise ValueError(f"cannot be read ({error.strerror})") from error
         except ValueError as error:
@@ -112,13 +108,32 @@ class Checkpoints:
         manifest = json.loads(text)  # of ours: its HMAC is right
         if manifest["version"] != _VERSION:
             raise ValueError(f"its version is {manifest['version']}, not {_VERSION}")
-        if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-            raise ValueError("its tensors are damaged")
+        state = _with_tensors(manifest["state"], self._tensors(path, manifest))
+        return Checkpoint(manifest["attempt"], manifest["step"], state, manifest["facts"])
+
+    def _tensors(self, path: Path, manifest: Mapping[str, Any]) -> Mapping[str, Tensor | Stored]:
+        """The tensors of a manifest, if their files are those that it was written for."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        shards = manifest["shards"]
         try:
-            state = _with_tensors(manifest["state"], load(data))
+            if shards is None:
+                ((name, expected),) = manifest["files"].items()
+                data = (self._folder / name).read_bytes()
+                whole = hashlib.sha256(data).hexdigest() == expected
+            else:
+                found = {n: tensor_files.digest(self._folder / n) for n in manifest["files"]}
+                whole = found == manifest["files"]
+            if not whole:
+                raise ValueError("its tensors are damaged")
+            if shards is None:
+                return load(data)
+        except OSError as error:
+            raise ValueError(f"cannot be read ({error.strerror})") from error
         except SafetensorError as error:
             raise ValueError("its tensors cannot be read") from error
-        return Checkpoint(manifest["attempt"], manifest["step"], state, manifest["facts"])
+        return tensor_files.stored(path.with_suffix(".shards"), shards)
 
     def _manifests(self) -> list[Path]:
         """The manifests there are, newest first."""
@@ -130,25 +145,33 @@ class Checkpoints:
         durable.remove_leftovers(self._folder)
         kept = {path.stem for path in self._manifests()[:_KEPT]}
         for path in sorted(self._folder.glob("attempt-*"), key=lambda path: path.suffix):
-            if path.stem not in kept:
+            if path.stem in kept:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink()  # a manifest before its tensors
 
     def _mac(self, text: str) -> str:
         return hmac.digest(self._key, text.encode(), "sha256").hex()
 
 
-def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON, its tensors moved to `tensors`."""
+def without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Returns a value as JSON, its tensors moved to `tensors`.
+
+    Raises:
+        ValueError: If it holds what JSON does not.
+    """
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().to("cpu", memory_format=torch.contiguous_format).clone()
+        tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping):
-        items = [[_plain(k), _without_tensors(v, tensors)] for k, v in value.items()]
+        items = [[_plain(k), without_tensors(v, tensors)] for k, v in value.items()]
         return {"items": items}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_without_tensors(v, tensors) for v in value]}
+        return {kind: [without_tensors(v, tensors) for v in value]}
     return _plain(value)
 
 
@@ -161,8 +184,8 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `_without_tensors`."""
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor | Stored]) -> Any:
+    """The inverse of `without_tensors`."""
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()

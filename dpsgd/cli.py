@@ -22,15 +22,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpsgd.config import config_dir, resolve, typed_settings
+from dpsgd.parallel import LostPeer
 from dpsgd.run_directory import CONFIG, RunDirectory
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-_EXPECTED = (ValueError, HydraException, OmegaConfBaseException, OSError)
+_EXPECTED = (ValueError, HydraException, OmegaConfBaseException, OSError, LostPeer)
 
 
-def run(task: Callable[[DictConfig], None], config_name: str) -> None:
+def run(
+    task: Callable[[DictConfig], None], config_name: str, speaks: Callable[[], bool] = lambda: True
+) -> None:
     """Composes the configuration from the command line and runs the task; exits on errors.
 
     A user's mistake gives one message on standard error and exit status 2; with `debug=true` it
@@ -39,7 +42,12 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     Args:
         task: What to do with the resolved configuration.
         config_name: Name of the primary configuration file, without its ending.
+        speaks: Whether this process tells what went wrong: of several, one does.
     """
+
+    def fail(error: Exception) -> NoReturn:
+        _fail(error, config_name, speaks)
+
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it repeats what we say
 
@@ -53,7 +61,7 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
         except BrokenPipeError:
             raise
         except _EXPECTED as error:  # here, before Hydra prints the overrides with the key
-            _fail(error, config_name)
+            fail(error)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
@@ -62,9 +70,10 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     except BrokenPipeError:  # the reader of our output, head for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except _EXPECTED as error:
-        _fail(error, config_name)
+        fail(error)
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+        if speaks():
+            print("Interrupted.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -122,7 +131,9 @@ def _quoted(argument: str) -> str:
     return argument
 
 
-def _fail(error: Exception, config_name: str) -> NoReturn:
+def _fail(error: Exception, config_name: str, speaks: Callable[[], bool]) -> NoReturn:
+    if not speaks():
+        sys.exit(EXIT_BAD_INPUT)
     if any(re.fullmatch(r"\+?debug=(true|1|yes|on)", arg, re.I) for arg in sys.argv[1:]):
         raise error
     print(f"Error: {_explain(error, config_name)}", file=sys.stderr)

@@ -37,6 +37,11 @@ class Gaussian:
         self._used_below = 0
         self._used: set[int] = set()
 
+    @property
+    def name(self) -> str:
+        """What the key is known by, which does not give it away."""
+        return rng.derive(self._key, "name of the noise").hex()
+
     def __copy__(self) -> Gaussian:
         raise ValueError(_NOT_COPIED)
 

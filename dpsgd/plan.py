@@ -17,6 +17,7 @@ from dpsgd.accounting.releases import check_delta, check_theorem
 from dpsgd.clipping import Clipping
 from dpsgd.engines import Engine
 from dpsgd.noise import Gaussian
+from dpsgd.parallel import Parallel
 from dpsgd.private_step import PrivateStep
 from dpsgd.sampling import Sampler
 from dpsgd.schedules import CONSTANT, Schedule
@@ -204,7 +205,11 @@ class PrivacyPlan:
         return self.tradeoff(steps).true_positive_rate(false_positive_rate)
 
     def private_step(
-        self, engine: Engine, optimizer: torch.optim.Optimizer, noise: Gaussian
+        self,
+        engine: Engine,
+        optimizer: torch.optim.Optimizer,
+        noise: Gaussian,
+        parallel: Parallel | None = None,
     ) -> PrivateStep:
         """Returns a private step with the figures of this plan, which ends with its budget."""
         return PrivateStep(
@@ -216,6 +221,7 @@ class PrivacyPlan:
             expected_batch_size=self.expected_batch_size,
             noise_schedule=self.noise_schedule,
             num_steps=self.num_steps,
+            parallel=parallel,
         )
 
     def describe(self) -> dict[str, Any]:

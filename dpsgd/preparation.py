@@ -16,7 +16,10 @@ from dpsgd.data import Dataset
 from dpsgd.engines import Engine
 from dpsgd.losses import PerUser
 from dpsgd.noise import Gaussian
+from dpsgd.parallel import Parallel
+from dpsgd.parallel.world import this_job
 from dpsgd.planning import privacy_plan
+from dpsgd.resuming import Start
 from dpsgd.sampling import Sampler, UserPoisson
 from dpsgd.saved_run import load_weights
 from dpsgd.seeding import seed_everything
@@ -37,6 +40,16 @@ def assembled(config: DictConfig) -> dict[str, Any]:
     data = parts["data"]
     if not isinstance(data, Dataset):
         raise ValueError(f"Expected data to be a dpsgd.data.Dataset, got {type(data).__name__}.")
+    parallel = parts["parallel"]
+    if not isinstance(parallel, Parallel):
+        got = type(parallel).__name__
+        raise ValueError(f"Expected parallel to be a dpsgd.parallel.Parallel, got {got}.")
+    size = this_job().size
+    if parallel.world.size != size:
+        raise ValueError(
+            f"Expected parallel=ddp or parallel=fsdp in a job of {size} processes: otherwise each "
+            "would train a model of its own in the same directory."
+        )
     return parts
 
 
@@ -47,7 +60,8 @@ def prepare(
 
     Args:
         config: A resolved configuration.
-        parts: Its components, as `assembled` makes them.
+        parts: Its components, as `assembled` makes them; the model is sharded, if at all, after it
+            has passed its checks.
         streams: What the keys of noise and sampling are derived from.
 
     Raises:
@@ -69,11 +83,12 @@ def prepare(
     engine = finished("engine", parts["engine"], Engine, model, loss_fn)
     passed = checks.preflight(engine, place.batch(batch))
     plan.clipping.groups(list(engine.parameters))
+    parts["parallel"].place(engine)
     parameters = list(engine.parameters.values())
     optimizer = finished("optimizer", parts["optimizer"], torch.optim.Optimizer, parameters)
     noise = finished("noise", parts["noise"], Gaussian, key=rng.derive(streams, "noise"))
     trainer = Trainer(
-        plan.private_step(engine, optimizer, noise),
+        plan.private_step(engine, optimizer, noise, parts["parallel"]),
         data,
         plan,
         physical_batch_size=config.trainer.physical_batch_size,
@@ -81,3 +96,13 @@ def prepare(
         seed=config.seed,
     )
     return trainer, passed
+
+
+def make_ready(trainer: Trainer, start: Start) -> None:
+    """Settles how steps are computed: as in the run that goes on, or by a trial."""
+    if start.replays and start.checkpoint is not None:
+        trainer.physical_batch_size = start.checkpoint.facts["physical_batch_size"]
+        trainer.step.engine.choices.made.update(start.checkpoint.facts["choices"])
+        trainer.step.engine.choices.final = True
+    else:
+        trainer.warm_up()

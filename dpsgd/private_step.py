@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpsgd.clipping import Clipping
 from dpsgd.engines import Batch, Engine
-from dpsgd.engines.flat import Flat
 from dpsgd.noise import Gaussian
+from dpsgd.parallel import Parallel, single
 from dpsgd.schedules import CONSTANT, Schedule
 
 _STATISTIC = "(clipping statistic)"
@@ -59,13 +59,15 @@ class PrivateStep:
             never the size of the drawn batch.
         noise_schedule: Factors of the noise multiplier by step.
         num_steps: The budget: no more releases than these. None sets no limit.
+        parallel: How several processes take the step together, `dpsgd.parallel.ddp()` for example:
+            each accumulates its own share of the batch, and all release. One process by default.
 
     Attributes:
         step: Number of releases so far.
         clipping: The policy of the next release; one that learns moves with each.
 
     Raises:
-        ValueError: If a number is out of range, or optimizer and model disagree.
+        ValueError: If a number is out of range, optimizer and model disagree, or the processes do.
     """
 
     def __init__(
@@ -79,8 +81,15 @@ class PrivateStep:
         expected_batch_size: float,
         noise_schedule: Schedule = CONSTANT,
         num_steps: int | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
-        for part, kind in ((engine, Engine), (clipping, Clipping), (noise, Gaussian)):
+        parallel = single() if parallel is None else parallel
+        for part, kind in (
+            (engine, Engine),
+            (clipping, Clipping),
+            (noise, Gaussian),
+            (parallel, Parallel),
+        ):
             if not isinstance(part, kind):
                 raise ValueError(f"Expected a {kind.__name__}, got {type(part).__name__}.")
         if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
@@ -90,6 +99,7 @@ class PrivateStep:
                 f"Expected a finite expected_batch_size > 0, got {expected_batch_size}."
             )
         _check_optimizer(optimizer, engine)
+        parallel.check(engine)
         self.engine = engine
         self.optimizer = optimizer
         self.clipping = clipping
@@ -98,10 +108,10 @@ class PrivateStep:
         self.expected_batch_size = expected_batch_size
         self.noise_schedule = noise_schedule
         self.num_steps = num_steps
+        self.parallel = parallel
         self.step = 0
-        self._sums: dict[str, Tensor] = {}
         self._statistic: Tensor | None = None
-        self._flat: Flat | None = None
+        parallel.world.agree(self._figures(), "figures of the private step")
 
     def __call__(self, batch: Batch) -> Contribution:
         """Accumulates one batch and releases: a whole step.
@@ -109,7 +119,7 @@ class PrivateStep:
         Raises:
             ValueError: If sums of an unfinished step are pending.
         """
-        if self._sums:
+        if self.parallel.pending:
             raise ValueError(
                 "A step is under way. Expected release() or discard() before a new whole step."
             )
@@ -134,21 +144,20 @@ class PrivateStep:
         """
         self._check_budget()
         try:
-            if not self._sums:  # the last step's gradients need not outlive the forward pass
+            if not self.parallel.pending:  # the last gradients need not outlive the forward pass
                 self.optimizer.zero_grad(set_to_none=True)
             _check_no_batch_statistics(self.engine.model)
+            parameters = self.engine.parameters
             grads = self.engine(batch)
             clipping = self.clipping.at(self.step)
-            groups = clipping.groups(list(self.engine.parameters))
+            groups = clipping.groups(list(parameters))
             norms = grads.norms(groups)
             counted = _column(mask, norms)
             weights = clipping(norms) * counted
             statistic = clipping.statistic(norms, counted[:, 0])
             if statistic is not None:
                 self._statistic = statistic + (0 if self._statistic is None else self._statistic)
-            started = bool(self._sums)
-            self._sums = self._sums or self._memory()
-            grads.weighted_sum(weights, groups, out=self._sums, beta=float(started))
+            self.parallel.add(grads, weights, groups, parameters)
             return Contribution(grads.losses, norms, weights)
         except BaseException:
             self.discard()
@@ -161,32 +170,50 @@ class PrivateStep:
         """
         self._check_budget()
         parameters = self.engine.parameters
-        if self._sums and self._sums.keys() != parameters.keys():
-            self.discard()
-            raise ValueError(
-                "Expected the same trainable parameters from accumulate() to release(), but some "
-                "were frozen or unfrozen in between. The step's sums are discarded; no "
-                "noise was spent."
-            )
-        sums = self._sums
-        if not sums:
+        statistic = self._statistic
+        self._statistic = None
+        if not self.parallel.pending:
             self.optimizer.zero_grad(set_to_none=True)
-            sums = {name: total.zero_() for name, total in self._memory().items()}
-        step, clipping, statistic = self.step, self.clipping.at(self.step), self._statistic
-        if statistic is None:  # of no sample, if the policy has one
-            none = next(iter(sums.values())).new_zeros(0, 1)
-            statistic = clipping.statistic(none, none[:, 0])
-        self.discard()
+        sums, offsets = self.parallel.total(parameters)
+        step, clipping = self.step, self.clipping.at(self.step)
+        statistic = self._statistic_of_all(clipping, statistic, parameters)
         self.step += 1
         released = sums if statistic is None else {**sums, _STATISTIC: statistic}
+        offsets[_STATISTIC] = sum(p.numel() for p in parameters.values())
         noise_multiplier = self.noise_multiplier * self.noise_schedule(step)
-        self.noise.add_(released, noise_multiplier * clipping.sensitivity, step)
+        self.noise.add_(released, noise_multiplier * clipping.sensitivity, step, offsets)
         if statistic is not None:
             self.clipping = clipping.learned(statistic, self.expected_batch_size)
         self.optimizer.zero_grad(set_to_none=True)  # no gradient but the private ones is stepped
         for name, p in parameters.items():
-            p.grad = sums[name].div_(self.expected_batch_size).to(p.dtype)
+            p.grad = self.parallel.gradient(p, sums[name].div_(self.expected_batch_size))
         self.optimizer.step()
+
+    def _statistic_of_all(
+        self, clipping: Clipping, own: Tensor | None, parameters: Mapping[str, nn.Parameter]
+    ) -> Tensor | None:
+        """The statistic over all processes: of no sample where there was none; None without one."""
+        if own is None:
+            p = next(iter(parameters.values()))
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            none = torch.zeros(0, 1, dtype=dtype, device=p.device)
+            own = clipping.statistic(none, none[:, 0])
+        if own is not None:
+            self.parallel.world.sum_(own)
+        return own
+
+    def _figures(self) -> dict[str, Any]:
+        """What all processes must have in common, the noise above all."""
+        return {
+            "key of the noise": self.noise.name,
+            "clipping": self.clipping,
+            "noise_multiplier": self.noise_multiplier,
+            "noise_schedule": self.noise_schedule,
+            "expected_batch_size": self.expected_batch_size,
+            "num_steps": self.num_steps,
+            "optimizer": self.optimizer,
+            "trainable parameters": {n: list(p.shape) for n, p in self.engine.parameters.items()},
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the next step depends on, besides the keys of noise and sampling.
@@ -213,7 +240,7 @@ class PrivateStep:
             ValueError: If it is not the state of such a model and optimizer, or a step is under
                 way. Nothing is changed then.
         """
-        if self._sums:
+        if self.parallel.pending:
             raise ValueError("A step is under way. Expected release() or discard() before loading.")
         step = int(state["step"])
         clipping = replace(self.clipping, max_grad_norm=state["max_grad_norm"])
@@ -239,19 +266,10 @@ class PrivateStep:
                 "Stop here, or start anew with a plan of more steps."
             )
 
-    def _memory(self) -> dict[str, Tensor]:
-        """Tensors for the sums, those of the last step again if nobody holds them any more."""
-        parameters = self.engine.parameters
-        shapes = {name: p.shape for name, p in parameters.items()}
-        dtypes = {n: torch.promote_types(p.dtype, torch.float32) for n, p in parameters.items()}
-        device = next(iter(parameters.values())).device
-        if self._flat is None or not self._flat.fits(shapes, dtypes, device):
-            self._flat = Flat.like(shapes, dtypes, device)
-        return self._flat.tensors(shapes)
-
     def discard(self) -> None:
         """Forgets what has been accumulated since the last release. No noise is spent."""
-        self._sums, self._statistic = {}, None
+        self.parallel.discard()
+        self._statistic = None
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:

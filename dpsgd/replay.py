@@ -64,8 +64,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
     ]
 
 
-def conditions(device: torch.device) -> dict[str, Any]:
-    """Returns what besides the configuration and the data decides how numbers are rounded."""
+def conditions(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Returns what besides the configuration and the data decides how numbers are rounded.
+
+    Args:
+        device: Where the model is.
+        processes: How many processes train it.
+    """
     cpu = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
     variables = {
         name: value
@@ -76,12 +81,17 @@ def conditions(device: torch.device) -> dict[str, Any]:
     return {
         "device": where,
         "processor": cpu,
+        "processes": processes,
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in _LIBRARIES},
+        **versions(),
         **variables,
-        "code": _code(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python, of libraries and of the code."""
+    libraries = {name: _version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version(), **libraries, "code": _code()}
 
 
 def digest(values: Mapping[str, Any]) -> bytes:

@@ -15,6 +15,7 @@ from dpsgd.checkpoint import Checkpoint
 from dpsgd.config import fixed_key
 from dpsgd.data import Dataset
 from dpsgd.ledger import Charged
+from dpsgd.parallel import World
 from dpsgd.plan import PrivacyPlan
 from dpsgd.run_directory import RunDirectory
 
@@ -49,7 +50,12 @@ class Start:
 
 
 def started(
-    run: RunDirectory, config: DictConfig, data: Dataset, device: torch.device, key: bytes | None
+    run: RunDirectory,
+    config: DictConfig,
+    data: Dataset,
+    device: torch.device,
+    key: bytes | None,
+    processes: int = 1,
 ) -> Start:
     """Returns how a run starts or goes on; writes nothing.
 
@@ -59,13 +65,15 @@ def started(
         data: The records.
         device: Where the model will be.
         key: The key of a new run; by default the configuration's, or a fresh one.
+        processes: How many processes train the model.
 
     Raises:
         ValueError: If settings that the guarantee depends on, or the records, are not those that
             the run began with; or its files do not allow it to go on.
     """
+    where = replay.conditions(device, processes)
     if not run.unfinished:
-        return _new(run, config, data, device, key or fixed_key(config) or rng.fresh_key())
+        return _new(run, config, data, where, key or fixed_key(config) or rng.fresh_key())
     checkpoint, damaged = run.checkpoints().newest()
     charged = run.charged_so_far(None if checkpoint is None else checkpoint.facts["ledger"])
     if checkpoint is None or charged is None:
@@ -75,13 +83,13 @@ def started(
                 f"{': ' if damaged else ''}{'; '.join(damaged)}. What was spent stays spent: start "
                 "anew in another run.dir."
             )
-        return _new(run, config, data, device, key or fixed_key(config) or rng.fresh_key())
+        return _new(run, config, data, where, key or fixed_key(config) or rng.fresh_key())
     _check_settings(charged.plan.get("settings", {}), config)
     notes = [f"Passed over a damaged checkpoint, {words}." for words in damaged]
     old, record = run.key(), run.record()
     reasons = _BROKEN
     if old is not None and record.get("key") == _name_of(old):
-        again = _record(run, config, data, device, old, checkpoint.attempt)
+        again = _record(run, config, data, where, old, checkpoint.attempt)
         reasons = _reasons(record, again, config.checkpoint.allow_new_data)
         if charged.last_attempt > checkpoint.attempt:
             reasons.append(f"attempt {charged.last_attempt} has begun since its checkpoint")
@@ -94,7 +102,7 @@ def started(
     if reasons or old is None:
         number = 1 + max(charged.last_attempt, checkpoint.attempt, record.get("attempt", 0))
         old = rng.fresh_key()
-        again = _record(run, config, data, device, old, number)
+        again = _record(run, config, data, where, old, number)
         again["fixed"] = again["fixed"] or record.get("fixed", False)
         notes.append(
             f"The run goes on from step {checkpoint.step} as a new attempt with new noise, since "
@@ -110,6 +118,22 @@ def started(
         notes=tuple(notes),
         record=again,
     )
+
+
+def fingerprint(data: Dataset, key: bytes) -> str:
+    """Returns the fingerprint of the records by which an attempt with this key knows them."""
+    return replay.fingerprint(data, rng.derive(key, "fingerprint"))
+
+
+def check_records(data: Dataset, start: Start, world: World) -> None:
+    """Raises unless all processes hold the same records.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if world.size > 1:
+        own = start.record["records"] if world.leads else fingerprint(data, start.key)
+        world.agree({"fingerprint": own}, "training records")
 
 
 def check_plan(plan: PrivacyPlan, charged: Charged) -> None:
@@ -135,9 +159,9 @@ def budget(plan: PrivacyPlan, start: Start) -> Budget:
 
 
 def _new(
-    run: RunDirectory, config: DictConfig, data: Dataset, device: torch.device, key: bytes
+    run: RunDirectory, config: DictConfig, data: Dataset, where: Mapping[str, Any], key: bytes
 ) -> Start:
-    record = _record(run, config, data, device, key, 0)
+    record = _record(run, config, data, where, key, 0)
     return Start(key, 0, _streams(key, record), None, False, None, (), record)
 
 
@@ -152,7 +176,7 @@ def _record(
     run: RunDirectory,
     config: DictConfig,
     data: Dataset,
-    device: torch.device,
+    where: Mapping[str, Any],
     key: bytes,
     attempt: int,
 ) -> dict[str, Any]:
@@ -160,8 +184,8 @@ def _record(
     return {
         "attempt": attempt,
         "key": _name_of(key),
-        "records": replay.fingerprint(data, rng.derive(key, "fingerprint")),
-        "conditions": replay.conditions(device),
+        "records": fingerprint(data, key),
+        "conditions": dict(where),
         "settings": replay.settings(config),
         "fixed": config.privacy.key is not None,
         **run.place(),

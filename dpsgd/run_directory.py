@@ -12,11 +12,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dpsgd import durable, rng
 from dpsgd.checkpoint import Checkpoints
 from dpsgd.ledger import Charged, Ledger, read
+from dpsgd.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -176,18 +177,30 @@ class RunDirectory:
             return None
         return read(path, self._ledger_key(), head)
 
-    def checkpoints(self) -> Checkpoints:
-        """Returns the run's checkpoints."""
-        return Checkpoints(self.path / CHECKPOINTS, self._ledger_key())
+    def checkpoints(self, files: TensorFiles | None = None) -> Checkpoints:
+        """Returns the run's checkpoints.
 
-    def save_model(self, model: nn.Module) -> None:
-        """Writes model.safetensors, tied parameters once."""
+        Args:
+            files: How tensors are written, if any are.
+        """
+        return Checkpoints(self.path / CHECKPOINTS, self._ledger_key(), files)
+
+    def save_model(self, model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes model.safetensors, tied parameters once.
+
+        Args:
+            model: The model.
+            weights: What to write where the model does not hold it, being sharded.
+        """
         from safetensors import SafetensorError
-        from safetensors.torch import save_model
+        from safetensors.torch import save_file, save_model
 
         target = self.path / f"{durable.MARK}{MODEL}"
         try:
-            save_model(model, str(target))
+            if weights is None:
+                save_model(model, str(target))
+            else:
+                save_file(dict(weights), str(target))
             durable.write(self.path / MODEL, target.read_bytes())
         except SafetensorError as error:  # of an input or output error
             raise OSError(errno.EIO, str(error), str(self.path / MODEL)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -34,7 +35,8 @@ from dpsgd.loggers import (
 from dpsgd.report import caution, final_report
 from dpsgd.resuming import Start
 from dpsgd.run_directory import METRICS, RunDirectory, charged, write_report
-from dpsgd.signals import stopping
+from dpsgd.signals import Stop, stopping
+from dpsgd.tensor_files import files_of, read
 from dpsgd.trainer import StepReport, Trainer
 
 
@@ -47,10 +49,14 @@ def run_to_end(
     not_private: list[str],
     passed: Preflight,
 ) -> dict[str, Any]:
-    """Runs the trainer to its end or until somebody asks to stop; saves the model either way."""
+    """Runs the trainer to its end or until somebody asks to stop; saves the model either way.
+
+    Of several processes the one that leads runs this, the others `dpsgd.following.follow`.
+    """
+    parallel = trainer.step.parallel
     with console.status("accounting: epsilon of every step"):
         budget = resuming.budget(trainer.plan, start)
-        until, curve = budget.last_step(), budget.curve()
+        until, curve = parallel.world.broadcast(budget.last_step()), budget.curve()
     if start.checkpoint is not None:
         at = f"step {start.checkpoint.step} of {trainer.plan.num_steps}"
         if start.replays:
@@ -68,7 +74,7 @@ def run_to_end(
         guarantee = replay.critical(replay.settings(config))
         ledger = run.new_ledger({**trainer.plan.describe(), "settings": guarantee})
     else:
-        trainer.step.load_state_dict(start.checkpoint.state, own_figures=not start.replays)
+        load(trainer, start)
         run.remove_results()
         run.begin(start.key, start.record, saved)
         ledger = run.ledger(start.attempt)
@@ -89,7 +95,8 @@ def run_to_end(
             interrupted=interrupted,
             not_private=not_private,
         )
-        run.save_model(trainer.step.engine.model)
+        model = trainer.step.engine.model
+        run.save_model(model, parallel.weights(model))
         write_report(run.path, final, saved)
         if not interrupted:
             ledger.end(steps)
@@ -117,10 +124,12 @@ def _steps(
     if start.checkpoint is not None and start.checkpoint.facts["metrics"] != metrics.digest:
         console.print(caution("metrics.jsonl was changed: the report's history is not whole."))
 
+    files = files_of(trainer.step.parallel)
+
     def save() -> None:
         for logger in (metrics, *public, *private):
             logger.flush()
-        run.checkpoints().save(_checkpoint(trainer, start.attempt, ledger, metrics))
+        run.checkpoints(files).save(_checkpoint(trainer, start.attempt, ledger, metrics))
 
     with stopping() as stop, ExitStack() as stack:
         for logger in (metrics, *public, *private):
@@ -130,23 +139,45 @@ def _steps(
         test: dict[str, float] = {}
         if not start.replays:
             save()
-        for report in trainer.run(ledger, until):
+        for report, due in steps_of(trainer, until, every, stop, ledger):
             test.update(report.test)
             for logger in (metrics, *public):
                 logger.log(report.step, public_scalars(report))
             for logger in private:
                 logger.log(report.step, private_scalars(report))
             progress.update(task, completed=report.step, status=_status(report, test))
-            if stop.asked or report.step == until or (every and report.step % every == 0):
+            if due:
                 save()
-            if stop.asked:
-                break
         seconds = time.perf_counter() - began
         if first < trainer.step.step == until:
             speed = speed_scalar(until - first, trainer.plan.expected_batch_size, seconds)
             for logger in (metrics, *public):
                 logger.log(until, speed)
     return seconds
+
+
+def load(trainer: Trainer, start: Start) -> None:
+    """Puts a trainer where a run goes on, if it does; all processes at once."""
+    if start.checkpoint is not None:
+        parallel = trainer.step.parallel
+        state = read(start.checkpoint.state, parallel.mesh, alone=parallel.world.size == 1)
+        trainer.step.load_state_dict(state, own_figures=not start.replays)
+
+
+def steps_of(
+    trainer: Trainer, until: int, every: int | None, stop: Stop, ledger: Ledger | None = None
+) -> Iterator[tuple[StepReport, bool]]:
+    """Takes steps until the last one, or until some process is asked to stop.
+
+    Yields:
+        The report of each step, and whether a checkpoint is due after it.
+    """
+    trainer.asked_to_stop = lambda: stop.asked
+    for report in trainer.run(ledger, until):
+        due = report.stopping or report.step == until
+        yield report, due or bool(every and report.step % every == 0)
+        if report.stopping:
+            return
 
 
 def _checkpoint(trainer: Trainer, attempt: int, ledger: Ledger, metrics: JsonLines) -> Checkpoint:

@@ -39,15 +39,21 @@ def seed_everything(seed: int, env: Any = None) -> None:
         _seed_environment(env, seed)
 
 
-def seed_step(seed: int, step: int) -> None:
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Seeds Python, NumPy and PyTorch for one step of a run: dropout, and whatever else is random.
 
     So a step's random numbers are a function of (seed, step), not of how often the steps before it
     drew some, which the sizes of private batches decide.
+
+    Args:
+        seed: The run's.
+        step: Number of the step.
+        rank: Number of the process: each has random numbers of its own.
     """
     import numpy as np
 
-    words = hashlib.sha256(f"step {step} of seed {seed}".encode()).digest()
+    process = f" in process {rank}" if rank else ""
+    words = hashlib.sha256(f"step {step} of seed {seed}{process}".encode()).digest()
     number = int.from_bytes(words[:4], "big")
     random.seed(words)
     np.random.seed(number)

@@ -128,5 +128,15 @@ SECTIONS: dict[str, type] = {
 }
 """Sections of plain settings, by name."""
 
-COMPONENTS = ("data", "model", "loss", "engine", "clipping", "noise", "sampler", "optimizer")
+COMPONENTS = (
+    "data",
+    "model",
+    "loss",
+    "engine",
+    "clipping",
+    "noise",
+    "sampler",
+    "optimizer",
+    "parallel",
+)
 """Sections that name a `_target_` to build, in the order of building."""

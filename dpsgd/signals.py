@@ -15,10 +15,15 @@ _SHELL = 128
 
 
 class Stop:
-    """Whether somebody asked to stop, and by which signal."""
+    """Whether somebody asked to stop, and by which signal.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: Whether to say nothing of it.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
         self.signal: signal.Signals | None = None
+        self._quiet = quiet
 
     @property
     def asked(self) -> bool:
@@ -29,17 +34,22 @@ class Stop:
         if self.asked:
             os._exit(_SHELL + number)  # at once: what is on the disk is always enough to go on
         self.signal = signal.Signals(number)
+        if self._quiet:
+            return
         words = f"\n{self.signal.name}: stopping after this step; once more exits at once.\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, words.encode())
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
+def stopping(quiet: bool = False) -> Iterator[Stop]:
     """Turns the first of these signals into a request, and the second into an exit at once.
 
     Outside of the main thread, where Python lets nobody handle signals, nothing is changed.
+
+    Args:
+        quiet: Whether to say nothing when one comes.
     """
-    stop = Stop()
+    stop = Stop(quiet)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,8 +18,11 @@ from dpsgd.accounting import Releases
 from dpsgd.components import build
 from dpsgd.config import fixed_key, placement
 from dpsgd.engines.memory import is_out_of_memory
+from dpsgd.following import follow
+from dpsgd.parallel import LostPeer, World, joined
+from dpsgd.parallel.world import this_job
 from dpsgd.planning import privacy_plan
-from dpsgd.preparation import assembled, prepare
+from dpsgd.preparation import assembled, make_ready, prepare
 from dpsgd.random_stopping import run_candidates
 from dpsgd.report import banner, caution, summary
 from dpsgd.run_directory import CONFIG, KEY, REPORT, RunDirectory, read_report
@@ -34,6 +38,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains as the configuration says and returns the final report.
 
+    Of several processes the one that leads does; the others return whether they were interrupted.
+
     Everything is checked before the run directory is made and before a record is used. In the
     directory of an unfinished run, that run goes on.
 
@@ -47,11 +53,16 @@ def train(
         ValueError: If the configuration, the data or the model is unsound, the run cannot go on, or
             its files cannot be written.
     """
-    run = RunDirectory(path)
     fixed_key(config)
+    world = this_job()
+    world.agree({**replay.settings(config), **replay.versions()}, "settings and versions")
+    if not world.leads:
+        return {"interrupted": follow(config, world)}
+    run = RunDirectory(path)
     if run.unfinished:
         with run.held():
             if run.ended:  # it was killed between its last line and this
+                world.broadcast(None)
                 run.finish()
                 console.print(f"The run in '{run.path}' had ended; its key is destroyed now.")
                 return read_report(run.path)
@@ -62,20 +73,17 @@ def train(
 def _in_directory(
     config: DictConfig, run: RunDirectory, console: Console, key: bytes | None
 ) -> dict[str, Any]:
-    place, parts = placement(config), assembled(config)
-    start = resuming.started(run, config, parts["data"], place.device, key)
+    place, parts, world = placement(config), assembled(config), this_job()
+    start = resuming.started(run, config, parts["data"], place.device, key, world.size)
+    world.broadcast(start)
+    resuming.check_records(parts["data"], start, world)
     trainer, passed = prepare(config, parts, start.streams)
     if start.charged is not None:
         resuming.check_plan(trainer.plan, start.charged)
-    if start.replays and start.checkpoint is not None:
-        trainer.physical_batch_size = start.checkpoint.facts["physical_batch_size"]
-        trainer.step.engine.choices.made.update(start.checkpoint.facts["choices"])
-        trainer.step.engine.choices.final = True
-    else:
-        asked = trainer.physical_batch_size
-        trainer.warm_up()
-        if trainer.physical_batch_size < min(asked, trainer.plan.sampler.largest_batch()):
-            console.print(caution(_HALVED.format(trainer.physical_batch_size)))
+    asked = min(trainer.physical_batch_size, trainer.plan.sampler.largest_batch())
+    make_ready(trainer, start)
+    if not start.replays and trainer.physical_batch_size < asked:
+        console.print(caution(_HALVED.format(trainer.physical_batch_size)))
     not_private = [_KEY_FIXED] if start.record["fixed"] else []
     if not_private:
         console.print(banner(not_private))
@@ -91,6 +99,8 @@ def _in_directory(
                 f"Cannot write '{error.filename or run.path}': {error.strerror or error}. Mend "
                 f"that, then go on with: {_command(run.path)}"
             ) from error
+        except LostPeer as error:
+            raise ValueError(f"{error} Go on with: {_command(run.path)}") from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -108,7 +118,9 @@ def _in_directory(
 
 
 def _command(path: Path) -> str:
-    return f"python -m dpsgd.train resume={shlex.quote(str(path))}"
+    size = this_job().size
+    start = "python" if size == 1 else f"torchrun --nproc-per-node={size}"
+    return f"{start} -m dpsgd.train resume={shlex.quote(str(path))}"
 
 
 def train_best(config: DictConfig, path: Path, console: Console) -> dict[str, Any]:
@@ -156,30 +168,46 @@ def _ended(config: DictConfig, path: Path) -> dict[str, Any] | None:
 def main() -> None:
     """The command."""
     torch.set_float32_matmul_precision("highest")
-    console = Console()
+    try:
+        with joined() as world:
+            cli.run(_task, "train", world.first_to_fail)
+    except ValueError as error:  # nobody to train with
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(cli.EXIT_BAD_INPUT)
 
-    def task(config: DictConfig) -> None:
-        if config.resume is not None:
-            config = cli.resumed(config)
-        path = cli.run_path(config.run.dir)
-        start = _kinds_of_sweep().get(config.sweep.kind)
-        if start is None:
-            raise ValueError(
-                f"Expected sweep={' or '.join(_kinds_of_sweep())}, got '{config.sweep.kind}'."
-            )
-        report = _ended(config, path) if cli.in_sweep() else None
-        if report is None:
-            report = start(config, path, console)
-        else:
-            console.print(f"The run in '{path}' had ended; it is not repeated.")
-        if report["interrupted"]:
-            again = _command(path)
-            if cli.in_sweep():
-                again = f"the same command and run.dir={shlex.quote(str(path.parent))}"
-            console.print(f"Go on with: {again}", soft_wrap=True, highlight=False)
-            raise KeyboardInterrupt
 
-    cli.run(task, "train")
+def _task(config: DictConfig) -> None:
+    world = this_job()
+    console = Console(quiet=not world.leads)
+    _check_job(config, world)
+    if config.resume is not None:
+        config = world.broadcast(cli.resumed(config) if world.leads else config)
+    path = cli.run_path(config.run.dir)
+    start = _kinds_of_sweep()[config.sweep.kind]
+    report = _ended(config, path) if cli.in_sweep() else None
+    if report is None:
+        report = start(config, path, console)
+    else:
+        console.print(f"The run in '{path}' had ended; it is not repeated.")
+    if report["interrupted"]:
+        again = _command(path)
+        if cli.in_sweep():
+            again = f"the same command and run.dir={shlex.quote(str(path.parent))}"
+        console.print(f"Go on with: {again}", soft_wrap=True, highlight=False)
+        raise KeyboardInterrupt
+
+
+def _check_job(config: DictConfig, world: World) -> None:
+    """Raises for what a job of these processes cannot do."""
+    if config.sweep.kind not in _kinds_of_sweep():
+        raise ValueError(
+            f"Expected sweep={' or '.join(_kinds_of_sweep())}, got '{config.sweep.kind}'."
+        )
+    if world.size > 1 and (cli.in_sweep() or config.sweep.kind != "grid"):
+        raise ValueError(
+            f"Expected a single run in a job of {world.size} processes, got a sweep. Run sweeps "
+            "without torchrun, or each of its runs as a job of its own."
+        )
 
 
 if __name__ == "__main__":

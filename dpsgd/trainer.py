@@ -36,6 +36,7 @@ class StepReport:
         test: Test loss and accuracy, if this step was evaluated.
         private: Training loss, gradient norm, clipped fraction and drawn batch size: not covered by
             the guarantee, never to be published.
+        stopping: Whether some process of the job was asked to stop.
     """
 
     step: int
@@ -43,6 +44,7 @@ class StepReport:
     learning_rate: float
     test: Mapping[str, float]
     private: Mapping[str, float]
+    stopping: bool = False
 
 
 class Trainer:
@@ -51,6 +53,10 @@ class Trainer:
     A logical batch is split into physical batches of a fixed size; the last one is padded and
     masked, so the result does not depend on the physical batch size. Before a step draws a unit,
     its budget is checked and its charge is in the ledger.
+
+    Of several processes (see `PrivateStep`'s `parallel`) each runs a trainer of its own and takes
+    its share of every draw; the one that leads has the ledger. Nothing is released before all of
+    them have joined in, so not before the leader has written the charge.
 
     Args:
         step: The private step, its model in train mode, its figures those of the plan.
@@ -64,6 +70,7 @@ class Trainer:
     Attributes:
         spent: An upper bound on the epsilon after so many steps: the plan's, unless other attempts
             at the run have spent some as well.
+        asked_to_stop: Whether this process was asked to stop; the others learn of it.
 
     Raises:
         ValueError: If the plan contradicts the step, the model is in eval mode, a size is not
@@ -94,6 +101,7 @@ class Trainer:
         self.evaluate_every = evaluate_every
         self.seed = seed
         self.spent: Callable[[int], float] = plan.spent
+        self.asked_to_stop: Callable[[], bool] = lambda: False
         self.draw_from(data)
         if isinstance(plan.sampler, UserPoisson) != isinstance(step.engine.loss_fn, PerUser):
             raise ValueError(
@@ -116,9 +124,18 @@ class Trainer:
         What is too large for the memory is found here, before any privacy is spent: then the
         physical batch is halved, once. The result stays the same but for rounding.
 
+        Several processes agree on the smallest of their physical batches, and on the choices.
+
         Raises:
             ValueError: If half of it is too large as well.
         """
+        self._fit_physical_batch()
+        world, choices = self.step.parallel.world, self.step.engine.choices
+        self.physical_batch_size = min(world.gather(self.physical_batch_size))
+        choices.made.update(world.broadcast(dict(choices.made)))
+        choices.final = True
+
+    def _fit_physical_batch(self) -> None:
         try:
             self._try_physical_batch()
         except Exception as error:
@@ -135,7 +152,6 @@ class Trainer:
                     f"Expected memory for a physical batch, but neither {full} nor "
                     f"{self.physical_batch_size} rows fit. Lower trainer.physical_batch_size."
                 ) from again
-        self.step.engine.choices.final = True
 
     def _try_physical_batch(self) -> None:
         size, sampler = self._rows_at_once(), self.plan.sampler
@@ -166,15 +182,16 @@ class Trainer:
             while self.step.step < last:  # whoever else releases is counted too
                 number = self.step.step
                 if self.seed is not None:
-                    seed_step(self.seed, number)
+                    seed_step(self.seed, number, self.step.parallel.world.rank)
                 if ledger is not None:
                     ledger.intend(number, self.plan.noise_at(number))
-                private = self._take(number)
-                yield self._report(self.step.step, last, private)
+                contributions, drawn = self._take(number)
+                yield self._report(last, contributions, drawn)
         finally:
             self.step.discard()
 
-    def _take(self, number: int) -> Mapping[str, float]:
+    def _take(self, number: int) -> tuple[list[Contribution], int]:
+        """Takes a step; returns what this process contributed, and how many units were drawn."""
         units = self.data if self._users is None else self._users
         drawn = self.plan.sampler.sample(number, len(units))
         assert not len(drawn) or bool((drawn.diff() > 0).all()), "a unit was drawn twice"
@@ -184,30 +201,38 @@ class Trainer:
             for batch, mask in self._physical_batches(drawn, number)
         ]
         self.step.release()
-        return _diagnostics(contributions, len(drawn))
+        return contributions, len(drawn)
 
     def _physical_batches(self, drawn: Tensor, number: int) -> Iterator[tuple[Batch, Tensor]]:
-        size = self._rows_at_once()
-        users = self._users
+        """Yields this process's share of a draw in physical batches, each with its mask."""
+        size, parallel, users = self._rows_at_once(), self.step.parallel, self._users
         rows, present = (drawn, None) if users is None else users.choose(drawn, number)
-        for part in torch.arange(len(drawn)).split(size) if len(drawn) else ():
+        rows, present = parallel.share(rows), None if present is None else parallel.share(present)
+        most = -(-len(drawn) // parallel.world.size) if parallel.even else len(rows)
+        for start in range(0, most, size):
+            part = slice(start, start + size)
             if users is None or present is None:
                 batch: Batch = self.data.take(rows[part])
             else:
                 batch = users.take(rows[part], present[part])
-            missing = size - len(part)
-            mask = torch.arange(size) < len(part)
-            yield map_tensors(partial(_pad, rows=missing), batch), mask
+            count = len(rows[part])
+            yield map_tensors(partial(_pad, rows=size - count), batch), torch.arange(size) < count
 
-    def _report(self, step: int, last: int, private: Mapping[str, float]) -> StepReport:
+    def _report(self, last: int, contributions: list[Contribution], drawn: int) -> StepReport:
+        step, parallel, engine = self.step.step, self.step.parallel, self.step.engine
         due = step % self.evaluate_every == 0 or step == last
-        engine = self.step.engine
+        test = evaluate(engine.model, engine.loss_fn, self.data, parallel.world) if due else {}
+        parallel.settle(engine.model)
+        told = torch.tensor([*_sums(contributions), self.asked_to_stop()], dtype=torch.float64)
+        parallel.world.sum_(told)
+        *sums, asked = told.tolist()
         return StepReport(
             step=step,
             epsilon=self.spent(step),
             learning_rate=self.step.optimizer.param_groups[0]["lr"],
-            test=evaluate(engine.model, engine.loss_fn, self.data) if due else {},
-            private=private,
+            test=test,
+            private=_diagnostics(sums, drawn),
+            stopping=asked > 0,
         )
 
 
@@ -240,17 +265,32 @@ def _check_size(sampler: Sampler, data: Dataset) -> None:
         )
 
 
-def _diagnostics(contributions: list[Contribution], drawn: int) -> Mapping[str, float]:
+def _sums(contributions: list[Contribution]) -> tuple[float, float, float, float]:
+    """Of the samples that count: their number, losses, norms, and how many were clipped."""
     if not contributions:
-        return {"drawn_batch_size": 0.0}
+        return 0.0, 0.0, 0.0, 0.0
     weights = torch.cat([c.weights.max(1).values for c in contributions])
     counted = weights > 0
     losses = torch.cat([c.losses for c in contributions])[counted]
     norms = torch.cat([c.norms.square().sum(1).sqrt() for c in contributions])[counted]
+    clipped = weights[counted] < 1
+    return (
+        float(counted.sum()),
+        float(losses.double().sum()),
+        float(norms.double().sum()),
+        float(clipped.sum()),
+    )
+
+
+def _diagnostics(sums: list[float], drawn: int) -> Mapping[str, float]:
+    if not drawn:
+        return {"drawn_batch_size": 0.0}
+    counted, losses, norms, clipped = sums
+    share = 1 / counted if counted else float("nan")
     return {
         "drawn_batch_size": float(drawn),
-        "train_loss": float(losses.double().mean()),
-        "grad_norm": float(norms.double().mean()),
-        "clipped_fraction": float((weights[counted] < 1).double().mean()),
-        "not_finite": float(drawn - int(counted.sum())),
+        "train_loss": losses * share,
+        "grad_norm": norms * share,
+        "clipped_fraction": clipped * share,
+        "not_finite": drawn - counted,
     }

@@ -7,13 +7,14 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dpsgd.engines.batch import Batch, map_tensors, size_of
 from dpsgd.engines.grads import DenseGrads, PerSampleGrads
+from dpsgd.engines.sharding import is_sharded, reshard
 
 LossFn = Callable[[Any, Batch], Tensor]
 """`loss_fn(model, batch) -> losses [B]`: one loss per sample, the unit of privacy."""
@@ -47,6 +48,9 @@ class Engine(ABC):
         choices: What was chosen by timings, kept in checkpoints; nothing for most engines.
     """
 
+    takes_shards: ClassVar[bool] = False
+    """Whether the parameters may be sharded by FSDP2."""
+
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"Expected an nn.Module as model, got {type(model).__name__}.")
@@ -70,6 +74,7 @@ class Engine(ABC):
         Raises:
             ValueError: If nothing is trainable.
         """
+        reshard(self.model)
         found = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not found:
             raise ValueError(
@@ -87,6 +92,11 @@ class Engine(ABC):
         with _lock_of(self.model), torch.inference_mode(False), torch.enable_grad():
             self._end_latest()
             parameters = self.parameters
+            if is_sharded(parameters) and not self.takes_shards:
+                raise ValueError(
+                    f"{type(self).__name__} cannot run a model that FSDP2 has sharded. Use "
+                    "engine=ghost, or parallel=ddp."
+                )
             size = size_of(batch)
             if size == 0:
                 grads: PerSampleGrads = _nothing(parameters)
@@ -153,5 +163,9 @@ def has_backward_hooks(module: nn.Module) -> bool:
 
 def _nothing(parameters: Mapping[str, nn.Parameter]) -> DenseGrads:
     first = next(iter(parameters.values()))
-    grads = {name: p.new_zeros((0, *p.shape)) for name, p in parameters.items()}
-    return DenseGrads(first.new_zeros(0), grads)
+    losses = torch.zeros(0, dtype=first.dtype, device=first.device)
+    grads = {
+        name: torch.zeros((0, *p.shape), dtype=p.dtype, device=p.device)
+        for name, p in parameters.items()
+    }
+    return DenseGrads(losses, grads)

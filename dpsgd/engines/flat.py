@@ -46,6 +46,10 @@ class Flat:
             tensors[name] = self._blocks[dtype][start : places[dtype]].view(shape)
         return tensors
 
+    def blocks(self) -> list[Tensor]:
+        """Returns the memory itself, one tensor for each dtype."""
+        return list(self._blocks.values())
+
     def fits(
         self,
         shapes: Mapping[str, torch.Size],

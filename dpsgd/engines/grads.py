@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class PerSampleGrads(ABC):
         groups: Groups | None = None,
         out: Mapping[str, Tensor] | None = None,
         beta: float = 1.0,
+        names: Collection[str] | None = None,
     ) -> dict[str, Tensor]:
         """Returns sum_i w_i g_i over the batch, a dict of tensors shaped as the parameters.
 
@@ -73,20 +74,24 @@ class PerSampleGrads(ABC):
             groups: The K groups that the columns of `weights` belong to.
             out: Tensors, one per parameter, that become beta * out + sum; they are returned.
             beta: 1 adds to `out`; 0 forgets what it holds.
+            names: The parameters whose sums are wanted, all by default.
 
         Raises:
-            ValueError: If shapes do not fit, or a non-zero weight meets a non-finite gradient.
+            ValueError: If shapes or names do not fit, or a non-zero weight meets a gradient that is
+                not finite.
         """
         self._check_alive()
         columns = self._columns(weights, groups)
         if beta not in (0, 1):
             raise ValueError(f"Expected beta to be 0 or 1, got {beta}.")
+        shapes = self._chosen(names)
         if out is None:
-            device = self._losses().device
-            out, beta = Flat.like(self._shapes, self._dtypes, device).tensors(self._shapes), 0
+            dtypes = {name: self._dtypes[name] for name in shapes}
+            out = Flat.like(shapes, dtypes, self._losses().device).tensors(shapes)
+            beta = 0
         else:
-            _check_out(out, self._shapes)
-        self._add_weighted_sum(columns, out, beta)
+            _check_out(out, shapes)
+        self._add_weighted_sum({name: columns[name] for name in shapes}, out, beta)
         return dict(out)
 
     def materialize(self) -> dict[str, Tensor]:
@@ -145,6 +150,13 @@ class PerSampleGrads(ABC):
                 "The batch was changed in place since the engine's call, and these gradients are "
                 "computed from it. Expected it unchanged until they are read."
             )
+
+    def _chosen(self, names: Collection[str] | None) -> dict[str, torch.Size]:
+        """The shapes of the named parameters, in the order of all."""
+        unknown = [name for name in names or () if name not in self._shapes]
+        if unknown:
+            raise ValueError(f"Expected names of trainable parameters, got {unknown}.")
+        return {n: shape for n, shape in self._shapes.items() if names is None or n in names}
 
     def _groups(self, groups: Groups | None) -> list[list[str]]:
         if groups is None:

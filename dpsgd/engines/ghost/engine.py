@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from dpsgd.engines.base import Engine, LossFn, check_no_gradient_hooks
-from dpsgd.engines.batch import Batch, Signature, check_losses, map_tensors, signature_of
+from dpsgd.engines.batch import (
+    Batch,
+    Signature,
+    check_losses,
+    map_tensors,
+    signature_of,
+    size_of,
+)
 from dpsgd.engines.ghost.activations import Activations
 from dpsgd.engines.ghost.capture import Capture, Restart, Split
 from dpsgd.engines.ghost.leftovers import no_leftovers
@@ -22,6 +29,7 @@ from dpsgd.engines.ghost.tape import Tape
 from dpsgd.engines.ghost.taped import TapedGrads
 from dpsgd.engines.graph import leaves
 from dpsgd.engines.probe import RandomState
+from dpsgd.engines.sharding import Names
 
 
 class Ghost(Engine):
@@ -46,6 +54,8 @@ class Ghost(Engine):
             use a parameter in a way that cannot be captured (TorchScript, custom functions).
     """
 
+    takes_shards = True
+
     def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: str = FASTEST) -> None:
         super().__init__(model, loss_fn)
         self._per_sample: set[Signature] = set()
@@ -58,44 +68,47 @@ class Ghost(Engine):
         check_no_gradient_hooks(self.model, parameters)
         device = next(iter(parameters.values())).device
         check_not_scripted(self.model, self.loss_fn)
+        names = Names(self.model, parameters)
         with no_leftovers(self.model):
-            parts = self._parts(batch, torch.arange(size, device=device), parameters, size)
+            parts = self._parts(batch, torch.arange(size, device=device), parameters, names)
         _check_known(parts, parameters)
         grads = TapedGrads(parts, parameters)
         grads.watch(batch)
         return grads
 
     def _parts(
-        self, batch: Batch, rows: Tensor, parameters: Mapping[str, nn.Parameter], whole: int
+        self, batch: Batch, rows: Tensor, parameters: Mapping[str, nn.Parameter], names: Names
     ) -> list[Part]:
         """Runs some rows of the whole batch, split where they disagree about control flow."""
         try:
-            part = Part(rows, parameters, self._strategies, whole)
-            self._run(_take(batch, rows), part, parameters)
+            part = Part(rows, parameters, names, self._strategies, size_of(batch))
+            self._run(_take(batch, rows), part, names)
             return [part]
         except Split as split:
+            _check_whole(names, "the samples disagree about control flow (`if x.any():`)")
             groups = split.group.to(rows.device)
         parts = []
         for group in groups.unique():
-            parts += self._parts(batch, rows[groups == group], parameters, whole)
+            parts += self._parts(batch, rows[groups == group], parameters, names)
         return parts
 
-    def _run(self, batch: Batch, part: Part, parameters: Mapping[str, nn.Parameter]) -> None:
+    def _run(self, batch: Batch, part: Part, names: Names) -> None:
         """Runs the loss on samples that agree, once more if it writes them into constants."""
         signature = signature_of(batch)
         # what ran before like this hardly ever restarts, and draws anew if it does
         state = None if signature in self._activations else RandomState(self.model)
         try:
-            self._capture(batch, part, parameters)
+            self._capture(batch, part, names)
         except Restart:
+            _check_whole(names, "the loss writes samples into tensors that it made without them")
             self._per_sample.add(signature)
             if state is not None:
                 state.restore()
-            self._capture(batch, part, parameters)
+            self._capture(batch, part, names)
 
-    def _capture(self, batch: Batch, part: Part, parameters: Mapping[str, nn.Parameter]) -> None:
+    def _capture(self, batch: Batch, part: Part, names: Names) -> None:
         size, signature = len(part.rows), signature_of(batch)
-        tape = Tape(part.rows.device)
+        tape = Tape(part.rows.device, names)
         meter = None if signature in self._activations else Activations()
 
         def run(one: Batch) -> Tensor:
@@ -106,7 +119,7 @@ class Ghost(Engine):
                     capture.check_nothing_swallowed()
                     check_losses(losses, 1)
                 physical = capture.samples.enter(capture.expand(losses))[:, 0]
-                _check_complete(physical, parameters)
+                _check_complete(physical, names, tape)
                 if meter is not None:
                     self._activations[signature] = meter.held() // size
                 part.expect(tape.sites)
@@ -144,21 +157,33 @@ _MASKS = (
 )
 
 
-def _check_complete(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
+def _check_complete(losses: Tensor, names: Names, tape: Tape) -> None:
     """Raises if a parameter is still reachable in the graph of the losses.
 
-    Captured functions get detached weights, so what the losses reach was not captured.
+    Captured functions get detached weights, so what the losses reach was not captured. Of a sharded
+    model any other leaf may be a parameter, too: nobody knows it by its name.
 
     Raises:
         ValueError: Naming the parameters.
     """
-    names = {id(p): name for name, p in parameters.items()}
-    missed = [names[id(leaf)] for leaf in leaves(losses) if id(leaf) in names]
+    named = [(names.get(leaf), leaf) for leaf in leaves(losses) if leaf is not tape.anchor]
+    missed = [name for name, _ in named if name is not None]
+    if names.sharded:
+        missed += [f"a trainable tensor {list(leaf.shape)}" for name, leaf in named if name is None]
     if missed:
         raise ValueError(
             f"The losses use {missed} where engine=ghost does not see it (TorchScript, a "
             "custom autograd.Function?). Use engine=loop, or write that part with torch "
             "functions."
+        )
+
+
+def _check_whole(names: Names, why: str) -> None:
+    """Raises for a second forward pass over a sharded model, which other processes may not make."""
+    if names.sharded:
+        raise ValueError(
+            f"engine=ghost cannot run this model sharded by FSDP2: {why}, which takes another "
+            "pass that the other processes would wait for. Use parallel=ddp."
         )
 
 

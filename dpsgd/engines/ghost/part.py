@@ -14,6 +14,7 @@ from dpsgd.engines.ghost.sources import Source, disjoint, sources_of
 from dpsgd.engines.ghost.strategies import Strategies, Strategy
 from dpsgd.engines.ghost.tape import Record, Site
 from dpsgd.engines.ghost.use import Use, merged
+from dpsgd.engines.sharding import Names
 from dpsgd.rules import Call
 from dpsgd.rules.rows import add_weighted_rows, by_chunks, chunks, squared_norms
 
@@ -37,6 +38,7 @@ class Part:
         self,
         rows: Tensor,
         parameters: Mapping[str, nn.Parameter],
+        names: Names,
         strategies: Strategies,
         size: int,
     ) -> None:
@@ -52,7 +54,7 @@ class Part:
         }
         self._strategies = strategies
         self._size = size
-        self._names = {id(p): name for name, p in parameters.items()}
+        self._names = names
         self._sources: dict[int, list[Source]] = {}
         self._weights: list[Tensor] = []  # keeps the ids of weights from being used again
         self._expected = dict.fromkeys(parameters, 0)
@@ -77,7 +79,9 @@ class Part:
         with outside_vmap(), plainly(self.rows.device.type):
             for argument in record.site.wanted:
                 for source in self._sources_of(record.call[argument]):
-                    self._take(Use(record.site.rule, record.call, argument, source))
+                    use = Use(record.site.rule, record.call, argument, source)
+                    gone_later = self._names.sharded and not source.view
+                    self._take(use.pulled() if gone_later else use)
 
     def _take(self, use: Use) -> None:
         name = use.source.name

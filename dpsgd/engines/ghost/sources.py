@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dpsgd.engines.graph import leaves
+from dpsgd.engines.sharding import Names
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,16 @@ class Source:
             ) from error
 
 
-def sources_of(weight: Tensor, names: Mapping[int, str]) -> tuple[list[Source], list[Tensor]]:
+def sources_of(weight: Tensor, names: Names) -> tuple[list[Source], list[Tensor]]:
     """Returns the parameters that a weight was computed from, and the leaves that are none.
 
     Args:
         weight: A tensor that requires a gradient and belongs to no sample.
-        names: Names of the trainable parameters by id.
+        names: Names of the trainable parameters.
     """
-    found = leaves(weight)
-    known = [Source(names[id(x)], x, weight) for x in found if id(x) in names]
-    return known, [x for x in found if id(x) not in names]
+    named = [(names.get(x), x) for x in leaves(weight)]
+    known = [Source(name, x, weight) for name, x in named if name is not None]
+    return known, [x for name, x in named if name is None]
 
 
 def disjoint(sources: list[Source]) -> bool:

@@ -12,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from dpsgd.engines.ghost.opened import opened
+from dpsgd.engines.sharding import Names
 from dpsgd.rules import Call, Rule
 
 
@@ -43,18 +44,25 @@ class Record:
 class Tape:
     """Leads from the sites of a forward pass to the records of its backward pass.
 
+    Args:
+        device: Where the losses will be.
+        names: Told of each weight that a call takes.
+
     Attributes:
         anchor: A leaf that every tapped output depends on: what the backward pass is asked for.
         sites: The calls that the forward pass has made, whether the losses depend on them or not.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, names: Names) -> None:
+        self._names = names
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.sites: list[Site] = []
         self._take: Callable[[Record], None] | None = None
 
     def site(self, rule: Rule, arguments: Mapping[str, Any], samples: Any, wanted: Any) -> Site:
         """Returns the site of a call that is being made, see `Site`."""
+        for name in wanted:
+            self._names.note(arguments[name])
         self.sites.append(Site(rule, arguments, tuple(samples), tuple(wanted)))
         return self.sites[-1]
 

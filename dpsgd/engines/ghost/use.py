@@ -77,6 +77,15 @@ class Use:
             )
         return self.source.pull(formed)
 
+    def pulled(self) -> Use:
+        """The use as one of the parameter itself, its gradients formed now.
+
+        For an expression of parameters that are whole only while their module runs.
+        """
+        p = self.source.parameter
+        call = Call({"weight": p}, frozenset(), self.formed(self.wide()))
+        return Use(EXPANDED, call, "weight", Source(self.source.name, p, p))
+
     def add_weighted_sum(self, call: Call, weights: Tensor, out: Tensor, beta: float) -> None:
         """Makes `out` beta * out + the sum of the gradients of `call`, weighted, of the parameter.
 

@@ -1,0 +1,187 @@
+"""The processes of a job: who they are, and what they tell each other besides tensors of a step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=10)
+"""How long a process waits for one that is alive and silent; a dead one is noticed at once."""
+
+_GONE = (
+    "A process of this job has ended or cannot be reached, so the others cannot go on. torchrun "
+    "says which one it was."
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train one model together, or the only one.
+
+    Everything here is a collective call: all processes make it, in the same order.
+
+    Attributes:
+        rank: Number of this process.
+        size: Number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    _store: Any = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def current(cls) -> World:
+        """Returns the processes of torch.distributed's default group.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "Expected a job of several processes, got a single one. Start it with: torchrun "
+                "--nproc-per-node=N -m dpsgd.train parallel=ddp ... (in a loop of your own, call "
+                "torch.distributed.init_process_group() first)."
+            )
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Adds up a tensor over the processes, in place; all get the same bits."""
+        if self.size > 1:
+            with lost_peers():
+                dist.all_reduce(tensor)
+
+    def broadcast(self, value: T) -> T:
+        """Returns what process 0 gives."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with lost_peers():
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: T) -> Sequence[T]:
+        """Returns what each process gives, in their order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with lost_peers():
+            dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, facts: Mapping[str, Any], what: str) -> None:
+        """Raises unless all processes give the same facts.
+
+        Args:
+            facts: Plain values by name; nothing secret, since they may be shown.
+            what: What they are facts of, for the message.
+
+        Raises:
+            ValueError: On every process, with each fact that differs and whose it is.
+        """
+        everyone = self.gather({name: str(value) for name, value in facts.items()})
+        names = sorted({name for given in everyone for name in given})
+        lines = []
+        for name in names:
+            values = [given.get(name, "(absent)") for given in everyone]
+            if len(set(values)) > 1:
+                shown = ", ".join(f"process {rank}: {v}" for rank, v in enumerate(values))
+                lines.append(f"  {name}: {shown}")
+        if lines:
+            raise ValueError(
+                f"Expected the same {what} in all {self.size} processes, got\n" + "\n".join(lines)
+            )
+
+    def first_to_fail(self) -> bool:
+        """Whether no other process has asked this before: one message for one failure.
+
+        Not a collective call.
+        """
+        if self._store is None:
+            return True
+        try:
+            return bool(self._store.add("failures", 1) == 1)
+        except Exception:  # whoever kept count is gone
+            return True
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Joins the job that torchrun has started, until the end of the block; alone outside of one.
+
+    On a CUDA machine each process takes the GPU of its local rank.
+
+    Raises:
+        ValueError: If the other processes cannot be reached.
+    """
+    if not launched():
+        yield World()
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    try:
+        store, rank, size = next(rendezvous("env://", rank, size, timeout=PATIENCE))
+        dist.init_process_group(
+            store=dist.PrefixStore("dpsgd", store), rank=rank, world_size=size, timeout=PATIENCE
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise ValueError(f"Cannot join the job of {size} processes: {error}") from error
+    try:
+        yield World(rank, size, store)
+    finally:
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def this_job() -> World:
+    """Returns the processes of this job, the only one outside of torchrun."""
+    return World.current() if launched() else World()
+
+
+def launched() -> bool:
+    """Whether torchrun, or something like it, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def local_rank() -> int:
+    """Returns the number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Turns the errors of a broken connection into one that says what happened.
+
+    Raises:
+        LostPeer: If a process of the job is gone.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, LostPeer):
+            raise
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+            raise LostPeer(_GONE) from error
+        raise
+
+
+class LostPeer(RuntimeError):
+    """Another process of the job is gone."""
