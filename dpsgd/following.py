@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dpsgd import resuming
+from dpsgd import replay, resuming
 from dpsgd.checkpoint import without_tensors
 from dpsgd.parallel import World
 from dpsgd.preparation import assembled, make_ready, prepare
@@ -25,10 +25,12 @@ def follow(config: DictConfig, world: World) -> bool:
     Raises:
         ValueError: If this process cannot do what the others do.
     """
-    parts = assembled(config)
-    start: Start | None = world.broadcast(None)
-    if start is None:
+    if not world.broadcast(False):
         return False
+    parts = assembled(config)
+    replay.agree(config, world)
+    start = world.broadcast(None)
+    assert isinstance(start, Start)
     resuming.check_records(parts["data"], start, world)
     trainer, _ = prepare(config, parts, start.streams)
     make_ready(trainer, start)

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dpsgd.data import Dataset
+from dpsgd.parallel import World
 
 _CRITICAL = (
     "privacy.", "sampler.", "clipping.", "noise.", "accountant.",
@@ -92,6 +93,16 @@ def versions() -> dict[str, str]:
     """Returns the versions of Python, of libraries and of the code."""
     libraries = {name: _version(name) for name in _LIBRARIES}
     return {"python": platform.python_version(), **libraries, "code": _code()}
+
+
+def agree(config: DictConfig, world: World) -> None:
+    """Raises unless all processes have the same settings and versions.
+
+    Raises:
+        ValueError: With those that differ.
+    """
+    if world.size > 1:
+        world.agree({**settings(config), **versions()}, "settings and versions")
 
 
 def digest(values: Mapping[str, Any]) -> bytes:

@@ -20,7 +20,7 @@ from dpsgd.config import fixed_key, placement
 from dpsgd.engines.memory import is_out_of_memory
 from dpsgd.following import follow
 from dpsgd.parallel import LostPeer, World, joined
-from dpsgd.parallel.world import this_job
+from dpsgd.parallel.world import NobodyThere, this_job
 from dpsgd.planning import privacy_plan
 from dpsgd.preparation import assembled, make_ready, prepare
 from dpsgd.random_stopping import run_candidates
@@ -55,14 +55,13 @@ def train(
     """
     fixed_key(config)
     world = this_job()
-    world.agree({**replay.settings(config), **replay.versions()}, "settings and versions")
     if not world.leads:
         return {"interrupted": follow(config, world)}
     run = RunDirectory(path)
     if run.unfinished:
         with run.held():
             if run.ended:  # it was killed between its last line and this
-                world.broadcast(None)
+                world.broadcast(False)
                 run.finish()
                 console.print(f"The run in '{run.path}' had ended; its key is destroyed now.")
                 return read_report(run.path)
@@ -73,7 +72,10 @@ def train(
 def _in_directory(
     config: DictConfig, run: RunDirectory, console: Console, key: bytes | None
 ) -> dict[str, Any]:
-    place, parts, world = placement(config), assembled(config), this_job()
+    world = this_job()
+    world.broadcast(True)
+    place, parts = placement(config), assembled(config)
+    replay.agree(config, world)
     start = resuming.started(run, config, parts["data"], place.device, key, world.size)
     world.broadcast(start)
     resuming.check_records(parts["data"], start, world)
@@ -171,7 +173,7 @@ def main() -> None:
     try:
         with joined() as world:
             cli.run(_task, "train", world.first_to_fail)
-    except ValueError as error:  # nobody to train with
+    except NobodyThere as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(cli.EXIT_BAD_INPUT)
 

@@ -127,7 +127,7 @@ def joined() -> Iterator[World]:
     On a CUDA machine each process takes the GPU of its local rank.
 
     Raises:
-        ValueError: If the other processes cannot be reached.
+        NobodyThere: If the other processes cannot be reached.
     """
     if not launched():
         yield World()
@@ -143,7 +143,7 @@ def joined() -> Iterator[World]:
             store=dist.PrefixStore("dpsgd", store), rank=rank, world_size=size, timeout=PATIENCE
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise ValueError(f"Cannot join the job of {size} processes: {error}") from error
+        raise NobodyThere(f"Cannot join the job of {size} processes: {error}") from error
     try:
         yield World(rank, size, store)
     finally:
@@ -185,3 +185,7 @@ def lost_peers() -> Iterator[None]:
 
 class LostPeer(RuntimeError):
     """Another process of the job is gone."""
+
+
+class NobodyThere(RuntimeError):
+    """The other processes of a job cannot be reached."""

@@ -171,8 +171,8 @@ MUTATIONS = [
     Mutation(
         "the noise does not follow a schedule of C",
         "private_step.py",
-        "noise_multiplier * clipping.sensitivity, step)",
-        "noise_multiplier * self.clipping.sensitivity, step)",
+        "noise_multiplier * clipping.sensitivity, step, offsets)",
+        "noise_multiplier * self.clipping.sensitivity, step, offsets)",
         POLICIES + "test_the_noise_follows_a_schedule_of_c_and_of_sigma",
     ),
     Mutation(
@@ -253,8 +253,8 @@ MUTATIONS = [
         "trainer.py",
         "                if ledger is not None:\n"
         "                    ledger.intend(number, self.plan.noise_at(number))\n"
-        "                private = self._take(number)\n",
-        "                private = self._take(number)\n"
+        "                contributions, drawn = self._take(number)\n",
+        "                contributions, drawn = self._take(number)\n"
         "                if ledger is not None:\n"
         "                    ledger.intend(number, self.plan.noise_at(number))\n",
         "tests/test_ledger.py::test_the_charge_is_on_disk_before_the_step_draws",
@@ -369,7 +369,7 @@ MUTATIONS = [
     Mutation(
         "dropout of a replayed step differs",
         "trainer.py",
-        "                    seed_step(self.seed, number)",
+        "                    seed_step(self.seed, number, self.step.parallel.world.rank)",
         "                    pass",
         RESUMING + "test_a_run_that_was_asked_to_stop_ends_like_any_other",
     ),

@@ -102,7 +102,7 @@ def test_the_noise_follows_a_schedule_of_c_and_of_sigma():
         noise_schedule=Schedule({0: 1.0, 1: 3.0}),
     )  # fmt: skip
     original = type(noise).add_
-    trainer.step.noise.add_ = lambda sums, std, step: (
+    trainer.step.noise.add_ = lambda sums, std, step, offsets: (
         stds.append(std), original(noise, sums, std, step)
     )  # fmt: skip
     list(trainer.run())
@@ -200,7 +200,8 @@ def test_a_users_loss_is_the_mean_over_its_records():
     weights = (1 / norms).clamp(max=1)
     expected = {n: torch.tensordot(weights, g, 1) for n, g in gradients.items()}
     trainer.step.accumulate((x.view(4, 3, 6), y.view(4, 3), torch.ones(4, 3, dtype=torch.bool)))
-    for name, total in trainer.step._sums.items():
+    sums, _ = trainer.step.parallel.total(trainer.step.engine.parameters)
+    for name, total in sums.items():
         torch.testing.assert_close(total, expected[name], rtol=1e-5, atol=1e-6)
 
 
