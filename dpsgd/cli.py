@@ -8,9 +8,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -20,17 +20,33 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
+from dpsgd import durable, jobs
 from dpsgd.config import config_dir, resolve, typed_settings
+from dpsgd.jobs import EXIT_BAD_INPUT
 from dpsgd.run_directory import CONFIG, RunDirectory
 
-EXIT_BAD_INPUT = 2
+EXIT_KILLED = 1
 EXIT_INTERRUPTED = 130
 
+_KILLED = (
+    "A process that ran jobs was killed, perhaps for its memory, and the others ended with it. The "
+    "same command with the same run.dir goes on; a lower hydra.launcher.n_jobs needs less memory."
+)
+_LAUNCHERS = {
+    "joblib": "pip install 'dpsgd[sweep]'",
+    "submitit_local": "pip install hydra-submitit-launcher",
+    "submitit_slurm": "pip install hydra-submitit-launcher",
+}
 _EXPECTED = (ValueError, HydraException, OmegaConfBaseException, OSError)
 
 
-def run(task: Callable[[DictConfig], None], config_name: str) -> None:
+def run(
+    task: Callable[[DictConfig], None],
+    config_name: str,
+    job: Callable[[DictConfig, Console], Mapping[str, Any]] | None = None,
+) -> None:
     """Composes the configuration from the command line and runs the task; exits on errors.
 
     A user's mistake gives one message on standard error and exit status 2; with `debug=true` it
@@ -39,6 +55,8 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     Args:
         task: What to do with the resolved configuration.
         config_name: Name of the primary configuration file, without its ending.
+        job: What to do with it in a sweep (`jobs.run`), by default the task. It may run in another
+            process, so it must not hold what cannot be sent there.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it repeats what we say
@@ -48,8 +66,17 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
         if os.getcwd() not in sys.path:  # a stranger's own module, named by _target_
             sys.path.insert(0, os.getcwd())
         _redact_sweep(config)
+        overrides = HydraConfig.get().overrides.task
+        if job is not None and in_sweep():
+            of_sweep = job
+            jobs.run(
+                lambda console: of_sweep(resolve(config, overrides), console),
+                run_path(config.run.dir).name,
+                lambda error: _in_words(error, config_name),
+            )
+            return
         try:
-            task(resolve(config, HydraConfig.get().overrides.task))
+            task(resolve(config, overrides))
         except BrokenPipeError:
             raise
         except _EXPECTED as error:  # here, before Hydra prints the overrides with the key
@@ -63,6 +90,11 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except _EXPECTED as error:
         _fail(error, config_name)
+    except RuntimeError as error:
+        if type(error).__name__ != "TerminatedWorkerError":  # of joblib
+            raise
+        print(f"Error: {_KILLED}", file=sys.stderr)
+        sys.exit(EXIT_KILLED)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
@@ -123,10 +155,16 @@ def _quoted(argument: str) -> str:
 
 
 def _fail(error: Exception, config_name: str) -> NoReturn:
-    if any(re.fullmatch(r"\+?debug=(true|1|yes|on)", arg, re.I) for arg in sys.argv[1:]):
-        raise error
-    print(f"Error: {_explain(error, config_name)}", file=sys.stderr)
+    print(f"Error: {_in_words(error, config_name)}", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
+
+
+def _in_words(error: Exception, config_name: str) -> str:
+    """What is wrong with the input; raises the error if it is another one, or with debug=true."""
+    debug = any(re.fullmatch(r"\+?debug=(true|1|yes|on)", arg, re.I) for arg in sys.argv[1:])
+    if debug or not isinstance(error, _EXPECTED):
+        raise error
+    return _explain(error, config_name)
 
 
 def _redact_sweep(config: DictConfig) -> None:
@@ -136,7 +174,8 @@ def _redact_sweep(config: DictConfig) -> None:
     if settings.mode == RunMode.MULTIRUN and key is not None:
         file = Path(settings.sweep.dir) / "multirun.yaml"
         text = file.read_text(encoding="utf-8")
-        file.write_text(text.replace(str(key), "<redacted>"), encoding="utf-8")
+        if str(key) in text:  # several jobs may do so at once
+            durable.write(file, text.replace(str(key), "<redacted>").encode())
 
 
 def _explain(error: Exception, config_name: str) -> str:
@@ -145,6 +184,9 @@ def _explain(error: Exception, config_name: str) -> str:
         return f"Cannot use '{error.filename}': {error.strerror}." if error.filename else str(error)
     text = str(error).split("Config search path")[0]
     text = "\n".join(line for line in text.splitlines() if line.strip())
+    launcher = re.search(r"hydra/launcher[/=' ]+(\w+)", text)
+    if launcher is not None and launcher[1] in _LAUNCHERS:
+        return f"hydra/launcher={launcher[1]} is not installed: {_LAUNCHERS[launcher[1]]}"
     match = re.search(r"Could not override '([\w.@/-]+)'", text)
     return text if match is None else _unknown_key(match[1], config_name)
 

@@ -153,33 +153,35 @@ def _ended(config: DictConfig, path: Path) -> dict[str, Any] | None:
     return read_report(path) if same else None
 
 
+def _run(config: DictConfig, console: Console) -> dict[str, Any]:
+    """Does what the configuration says, and returns the report."""
+    torch.set_float32_matmul_precision("highest")
+    if config.resume is not None:
+        config = cli.resumed(config)
+    path = cli.run_path(config.run.dir)
+    start = _kinds_of_sweep().get(config.sweep.kind)
+    if start is None:
+        raise ValueError(
+            f"Expected sweep={' or '.join(_kinds_of_sweep())}, got '{config.sweep.kind}'."
+        )
+    report = _ended(config, path) if cli.in_sweep() else None
+    if report is not None:
+        console.print(f"The run in '{path}' had ended; it is not repeated.")
+        return report
+    report = start(config, path, console)
+    if report["interrupted"] and not cli.in_sweep():
+        console.print(f"Go on with: {_command(path)}", soft_wrap=True, highlight=False)
+    return report
+
+
 def main() -> None:
     """The command."""
-    torch.set_float32_matmul_precision("highest")
-    console = Console()
 
     def task(config: DictConfig) -> None:
-        if config.resume is not None:
-            config = cli.resumed(config)
-        path = cli.run_path(config.run.dir)
-        start = _kinds_of_sweep().get(config.sweep.kind)
-        if start is None:
-            raise ValueError(
-                f"Expected sweep={' or '.join(_kinds_of_sweep())}, got '{config.sweep.kind}'."
-            )
-        report = _ended(config, path) if cli.in_sweep() else None
-        if report is None:
-            report = start(config, path, console)
-        else:
-            console.print(f"The run in '{path}' had ended; it is not repeated.")
-        if report["interrupted"]:
-            again = _command(path)
-            if cli.in_sweep():
-                again = f"the same command and run.dir={shlex.quote(str(path.parent))}"
-            console.print(f"Go on with: {again}", soft_wrap=True, highlight=False)
+        if _run(config, Console())["interrupted"]:
             raise KeyboardInterrupt
 
-    cli.run(task, "train")
+    cli.run(task, "train", job=_run)
 
 
 if __name__ == "__main__":
