@@ -180,13 +180,13 @@ def _redact_sweep(config: DictConfig) -> None:
 
 def _explain(error: Exception, config_name: str) -> str:
     """The error's words, with what exists for a mistyped option or key."""
-    if isinstance(error, OSError):
-        return f"Cannot use '{error.filename}': {error.strerror}." if error.filename else str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"Cannot use '{error.filename}': {error.strerror}."
     text = str(error).split("Config search path")[0]
     text = "\n".join(line for line in text.splitlines() if line.strip())
-    launcher = re.search(r"hydra/launcher[/=' ]+(\w+)", text)
-    if launcher is not None and launcher[1] in _LAUNCHERS:
-        return f"hydra/launcher={launcher[1]} is not installed: {_LAUNCHERS[launcher[1]]}"
+    for launcher in re.findall(r"Could not \w+ 'hydra/launcher/(\w+)'", text):
+        if launcher in _LAUNCHERS:
+            return f"hydra/launcher={launcher} is not installed: {_LAUNCHERS[launcher]}"
     match = re.search(r"Could not override '([\w.@/-]+)'", text)
     return text if match is None else _unknown_key(match[1], config_name)
 

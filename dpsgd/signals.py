@@ -1,4 +1,4 @@
-"""Stopping when asked to: Ctrl-C, SIGTERM, and Slurm's SIGUSR1 before a job's time is up."""
+"""Stopping when asked to: Ctrl-C, SIGTERM, and what Slurm sends before a job's time is up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2  # 2: submitit's choice
 _SHELL = 128
 
 
@@ -74,10 +74,14 @@ class JobStop(Stop):
             self._abrupt = before
 
     def hand_over(self) -> None:
-        """Calls what handled the signal before, if a launcher had set it: submitit's requeueing."""
+        """Calls what handled the signal before, if a launcher had set it: submitit's requeueing.
+
+        That ends the process if it submits the job anew; it raises if it does not.
+        """
         before = None if self.signal is None else self._before.get(self.signal)
         if callable(before) and before is not signal.default_int_handler:
-            before(self.signal, None)
+            with suppress(Exception):
+                before(self.signal, None)
 
 
 _of_jobs: JobStop | None = None

@@ -129,7 +129,7 @@ def summarise(
         console.print(_table(rows, winner, f"The sweep has no epsilon of its own. {error}"))
         return
     if spent is None:
-        console.print(_table(rows, winner, "No job began: nothing was spent."))
+        console.print(_table(rows, winner, "No job came to its first step: nothing was spent."))
         return
     entry = {
         "epsilon": spent.epsilon,
@@ -227,8 +227,8 @@ def _table(rows: Sequence[Mapping[str, Any]], best: str | None, caption: str) ->
         result = f"{test['test_accuracy']:.1%}" if "test_accuracy" in test else result
         epsilon = "-" if row["epsilon"] is None else f"{row['epsilon']:.3f}"
         won = row["run"] == best
-        remark = "best" if won else "" if row["status"] == jobs.ENDED else row["status"]
+        remarks = ["best"] * won + [row["status"]] * (row["status"] != jobs.ENDED)
         number = row["run"].partition("_")[0]
         style = "bold green" if won else None
-        table.add_row(number, row["settings"], result, epsilon, remark, style=style)
+        table.add_row(number, row["settings"], result, epsilon, ", ".join(remarks), style=style)
     return table
