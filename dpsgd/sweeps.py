@@ -41,7 +41,8 @@ class Composition(Callback):
         """
         folder = Path(str(config.hydra.sweep.dir))
         outcomes, console = jobs.collect(folder), Console()
-        runs = [file.parent for file in sorted(folder.glob(f"*/{LEDGER}"), key=_in_order)]
+        runs = [file.parent for file in folder.glob(f"*/{LEDGER}")]
+        runs.sort(key=lambda run: _in_order(run.name))
         wrong = ""
         try:
             if len(runs) > 1 or len(outcomes) > 1:
@@ -150,10 +151,10 @@ def summarise(
     console.print(f"Reports: {folder}/*/{PAGE}, and {folder / SWEEP}", soft_wrap=True)
 
 
-def _in_order(ledger: Path) -> tuple[int, str]:
-    """By the number that a job's directory begins with."""
-    number = ledger.parent.name.partition("_")[0]
-    return (int(number) if number.isdigit() else 0, ledger.parent.name)
+def _in_order(run: str) -> tuple[int, str]:
+    """By the number that the name of a job's directory begins with."""
+    number = run.partition("_")[0]
+    return (int(number) if number.isdigit() else 0, run)
 
 
 def _rows(
@@ -179,7 +180,7 @@ def _rows(
     for outcome in known.values():  # they charged nothing
         row = {"run": outcome.run, "settings": outcome.settings, "status": outcome.status}
         rows.append({**row, "epsilon": None, "test": {}})
-    return rows
+    return sorted(rows, key=lambda row: _in_order(row["run"]))
 
 
 def _status(report: Mapping[str, Any] | None) -> str:
@@ -205,8 +206,9 @@ def _report(run: Path) -> dict[str, Any] | None:
 
 
 def _guarantee(runs: int, spent: Spent) -> str:
+    together = "The one run" if runs == 1 else f"All {runs} runs together"
     return (
-        f"All {runs} runs together: epsilon {spent.epsilon:.3f}, delta {spent.delta:g} "
+        f"{together}: epsilon {spent.epsilon:.3f}, delta {spent.delta:g} "
         f"({spent.neighbours}), by {spent.accounting}. This is the guarantee of whichever run "
         "is chosen for its result; the epsilon of that run alone is not."
     )

@@ -164,6 +164,11 @@ def _run(config: DictConfig, console: Console) -> dict[str, Any]:
         raise ValueError(
             f"Expected sweep={' or '.join(_kinds_of_sweep())}, got '{config.sweep.kind}'."
         )
+    if cli.in_sweep() and config.sweep.kind == "random_stopping":
+        raise ValueError(  # the ledger of such a job is that of its winner alone
+            "Expected sweep=random_stopping without -m, whose composition would not cover the runs "
+            "that are kept secret: put all values into sweep.over."
+        )
     report = _ended(config, path) if cli.in_sweep() else None
     if report is not None:
         console.print(f"The run in '{path}' had ended; it is not repeated.")

@@ -37,9 +37,9 @@ def test_a_job_that_fails_is_one_message_and_leaves_the_others_alone(mixed):
     assert done.stderr.startswith("Error in job 1 (optimizer.lr=-1): ")
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stdout
-    assert [job["status"] for job in jobs(folder)] == ["ended", "ended", "failed"]
+    assert [job["status"] for job in jobs(folder)] == ["ended", "failed", "ended"]
     assert [(job["run"][0], job["settings"]) for job in jobs(folder)] == [
-        ("0", "optimizer.lr=0.1"), ("2", "optimizer.lr=0.4"), ("1", "optimizer.lr=-1"),
+        ("0", "optimizer.lr=0.1"), ("1", "optimizer.lr=-1"), ("2", "optimizer.lr=0.4"),
     ]  # fmt: skip
 
 
@@ -142,6 +142,15 @@ def test_a_sweep_in_one_process_stops_as_well(tmp_path):
     assert [job["status"] for job in jobs(tmp_path)] == ["interrupted", "not begun"]
     done = command(*words, cwd=tmp_path)
     assert [job["status"] for job in jobs(tmp_path)] == ["ended", "ended"]
+
+
+def test_random_stopping_in_a_sweep_is_refused(tmp_path):
+    """Its ledger holds the winner alone, so that composition would count too little."""
+    words = ("sweep=random_stopping", "sweep.over={optimizer.lr:[0.1,0.2]}", "seed=1,2")
+    done = command("-m", *SHORT, *words, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "without -m" in done.stderr
+    assert not _runs(tmp_path)
 
 
 def test_what_is_wrong_with_several_jobs_is_said_once(tmp_path):
