@@ -8,9 +8,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -20,19 +20,34 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
+from dpsgd import durable, jobs
 from dpsgd.config import config_dir, resolve, typed_settings
+from dpsgd.jobs import EXIT_BAD_INPUT
 from dpsgd.parallel import LostPeer
 from dpsgd.run_directory import CONFIG, RunDirectory
 
-EXIT_BAD_INPUT = 2
+EXIT_KILLED = 1
 EXIT_INTERRUPTED = 130
 
+_KILLED = (
+    "A process that ran jobs was killed, perhaps for its memory, and the others ended with it. The "
+    "same command with the same run.dir goes on; a lower hydra.launcher.n_jobs needs less memory."
+)
+_LAUNCHERS = {
+    "joblib": "pip install 'dpsgd[sweep]'",
+    "submitit_local": "pip install hydra-submitit-launcher",
+    "submitit_slurm": "pip install hydra-submitit-launcher",
+}
 _EXPECTED = (ValueError, HydraException, OmegaConfBaseException, OSError, LostPeer)
 
 
 def run(
-    task: Callable[[DictConfig], None], config_name: str, speaks: Callable[[], bool] = lambda: True
+    task: Callable[[DictConfig], None],
+    config_name: str,
+    job: Callable[[DictConfig, Console], Mapping[str, Any]] | None = None,
+    speaks: Callable[[], bool] = lambda: True,
 ) -> None:
     """Composes the configuration from the command line and runs the task; exits on errors.
 
@@ -42,11 +57,13 @@ def run(
     Args:
         task: What to do with the resolved configuration.
         config_name: Name of the primary configuration file, without its ending.
+        job: What to do with it in a sweep (`jobs.run`), by default the task. It may run in another
+            process, so it must not hold what cannot be sent there.
         speaks: Whether this process tells what went wrong: of several, one does.
     """
 
     def fail(error: Exception) -> NoReturn:
-        _fail(error, config_name, speaks)
+        fail_with(_in_words(error, config_name), speaks)
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it repeats what we say
@@ -56,8 +73,17 @@ def run(
         if os.getcwd() not in sys.path:  # a stranger's own module, named by _target_
             sys.path.insert(0, os.getcwd())
         _redact_sweep(config)
+        overrides = HydraConfig.get().overrides.task
+        if job is not None and in_sweep():
+            of_sweep = job
+            jobs.run(
+                lambda console: of_sweep(resolve(config, overrides), console),
+                run_path(config.run.dir).name,
+                lambda error: _in_words(error, config_name),
+            )
+            return
         try:
-            task(resolve(config, HydraConfig.get().overrides.task))
+            task(resolve(config, overrides))
         except BrokenPipeError:
             raise
         except _EXPECTED as error:  # here, before Hydra prints the overrides with the key
@@ -71,10 +97,22 @@ def run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except _EXPECTED as error:
         fail(error)
+    except RuntimeError as error:
+        if type(error).__name__ != "TerminatedWorkerError":  # of joblib
+            raise
+        print(f"Error: {_KILLED}", file=sys.stderr)
+        sys.exit(EXIT_KILLED)
     except KeyboardInterrupt:
         if speaks():
             print("Interrupted.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def fail_with(words: str, speaks: Callable[[], bool] = lambda: True) -> NoReturn:
+    """Ends the process with a message about bad input, which one of several processes prints."""
+    if speaks():
+        print(f"Error: {words}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
 
 
 def run_path(configured: str) -> Path:
@@ -131,13 +169,12 @@ def _quoted(argument: str) -> str:
     return argument
 
 
-def _fail(error: Exception, config_name: str, speaks: Callable[[], bool]) -> NoReturn:
-    if not speaks():
-        sys.exit(EXIT_BAD_INPUT)
-    if any(re.fullmatch(r"\+?debug=(true|1|yes|on)", arg, re.I) for arg in sys.argv[1:]):
+def _in_words(error: Exception, config_name: str) -> str:
+    """What is wrong with the input; raises the error if it is another one, or with debug=true."""
+    debug = any(re.fullmatch(r"\+?debug=(true|1|yes|on)", arg, re.I) for arg in sys.argv[1:])
+    if debug or not isinstance(error, _EXPECTED):
         raise error
-    print(f"Error: {_explain(error, config_name)}", file=sys.stderr)
-    sys.exit(EXIT_BAD_INPUT)
+    return _explain(error, config_name)
 
 
 def _redact_sweep(config: DictConfig) -> None:
@@ -147,15 +184,19 @@ def _redact_sweep(config: DictConfig) -> None:
     if settings.mode == RunMode.MULTIRUN and key is not None:
         file = Path(settings.sweep.dir) / "multirun.yaml"
         text = file.read_text(encoding="utf-8")
-        file.write_text(text.replace(str(key), "<redacted>"), encoding="utf-8")
+        if str(key) in text:  # several jobs may do so at once
+            durable.write(file, text.replace(str(key), "<redacted>").encode())
 
 
 def _explain(error: Exception, config_name: str) -> str:
     """The error's words, with what exists for a mistyped option or key."""
-    if isinstance(error, OSError):
-        return f"Cannot use '{error.filename}': {error.strerror}." if error.filename else str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"Cannot use '{error.filename}': {error.strerror}."
     text = str(error).split("Config search path")[0]
     text = "\n".join(line for line in text.splitlines() if line.strip())
+    for launcher in re.findall(r"Could not \w+ 'hydra/launcher/(\w+)'", text):
+        if launcher in _LAUNCHERS:
+            return f"hydra/launcher={launcher} is not installed: {_LAUNCHERS[launcher]}"
     match = re.search(r"Could not override '([\w.@/-]+)'", text)
     return text if match is None else _unknown_key(match[1], config_name)
 

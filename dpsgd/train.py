@@ -30,6 +30,10 @@ from dpsgd.running import run_to_end
 from dpsgd.saved_run import read_config
 
 _HALVED = "A physical batch did not fit into the memory. It has {} rows from now on."
+_ONE_RUN = (
+    "Expected a single run in a job of {} processes, got a sweep. Run sweeps without torchrun, or "
+    "each of its runs as a job of its own."
+)
 _KEY_FIXED = "privacy.key is fixed: whoever knows it can subtract the noise."
 
 
@@ -167,49 +171,52 @@ def _ended(config: DictConfig, path: Path) -> dict[str, Any] | None:
     return read_report(path) if same else None
 
 
-def main() -> None:
-    """The command."""
+def _run(config: DictConfig, console: Console) -> dict[str, Any]:
+    """Does what the configuration says, and returns the report."""
     torch.set_float32_matmul_precision("highest")
-    try:
-        with joined() as world:
-            cli.run(_task, "train", world.first_to_fail)
-    except NobodyThere as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(cli.EXIT_BAD_INPUT)
-
-
-def _task(config: DictConfig) -> None:
     world = this_job()
-    console = Console(quiet=not world.leads)
-    _check_job(config, world)
+    _check_kind(config, world)
     if config.resume is not None:
         config = world.broadcast(cli.resumed(config) if world.leads else config)
     path = cli.run_path(config.run.dir)
-    start = _kinds_of_sweep()[config.sweep.kind]
     report = _ended(config, path) if cli.in_sweep() else None
-    if report is None:
-        report = start(config, path, console)
-    else:
+    if report is not None:
         console.print(f"The run in '{path}' had ended; it is not repeated.")
-    if report["interrupted"]:
-        again = _command(path)
-        if cli.in_sweep():
-            again = f"the same command and run.dir={shlex.quote(str(path.parent))}"
-        console.print(f"Go on with: {again}", soft_wrap=True, highlight=False)
-        raise KeyboardInterrupt
+        return report
+    report = _kinds_of_sweep()[config.sweep.kind](config, path, console)
+    if report["interrupted"] and not cli.in_sweep():
+        console.print(f"Go on with: {_command(path)}", soft_wrap=True, highlight=False)
+    return report
 
 
-def _check_job(config: DictConfig, world: World) -> None:
-    """Raises for what a job of these processes cannot do."""
-    if config.sweep.kind not in _kinds_of_sweep():
-        raise ValueError(
-            f"Expected sweep={' or '.join(_kinds_of_sweep())}, got '{config.sweep.kind}'."
+def _check_kind(config: DictConfig, world: World) -> None:
+    """Raises for a sweep of an unknown kind, or one that cannot be run in this way."""
+    kinds, kind = _kinds_of_sweep(), config.sweep.kind
+    if kind not in kinds:
+        raise ValueError(f"Expected sweep={' or '.join(kinds)}, got '{kind}'.")
+    if cli.in_sweep() and kind == "random_stopping":
+        raise ValueError(  # the ledger of such a job is that of its winner alone
+            "Expected sweep=random_stopping without -m, whose composition would not cover the runs "
+            "that are kept secret: put all values into sweep.over."
         )
-    if world.size > 1 and (cli.in_sweep() or config.sweep.kind != "grid"):
-        raise ValueError(
-            f"Expected a single run in a job of {world.size} processes, got a sweep. Run sweeps "
-            "without torchrun, or each of its runs as a job of its own."
-        )
+    if world.size > 1 and kind != "grid":
+        raise ValueError(_ONE_RUN.format(world.size))
+
+
+def main() -> None:
+    """The command."""
+    try:
+        with joined() as world:
+            if world.size > 1 and {"-m", "--multirun"} & set(sys.argv):
+                cli.fail_with(_ONE_RUN.format(world.size), world.first_to_fail)
+
+            def task(config: DictConfig) -> None:
+                if _run(config, Console(quiet=not world.leads))["interrupted"]:
+                    raise KeyboardInterrupt
+
+            cli.run(task, "train", job=_run, speaks=world.first_to_fail)
+    except NobodyThere as error:
+        cli.fail_with(str(error))
 
 
 if __name__ == "__main__":

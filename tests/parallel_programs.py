@@ -73,7 +73,6 @@ class Scaled(nn.Module):
 
 
 class Custom(torch.autograd.Function):
-
     generate_vmap_rule = True
 
     @staticmethod
@@ -117,7 +116,9 @@ MIDDLES = {
     "recomputed": lambda width: nn.Sequential(Recomputed(width), Recomputed(width)),
     "scaled": lambda width: nn.Sequential(Scaled(width), Scaled(width)),
     "weight_norm": _weight_norm,
-    "twice": lambda width: (lambda one: nn.Sequential(one, nn.Tanh(), one))(nn.Linear(width, width)),
+    "twice": lambda width: (lambda one: nn.Sequential(one, nn.Tanh(), one))(
+        nn.Linear(width, width)
+    ),
     "lstm": lambda width: nn.Sequential(Recurrent(width)),
     "custom": lambda width: nn.Sequential(Gated(width)),
     "uncaptured": lambda width: nn.Sequential(Uncaptured(width)),

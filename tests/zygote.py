@@ -9,7 +9,9 @@ Requests and answers are lines of JSON on the standard streams.
 
 import importlib
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -47,6 +49,8 @@ def child(request):
             stream.flush()
         except OSError:
             status = status or 120
+    for process in multiprocessing.active_children():  # idle ones of a sweep in parallel
+        os.kill(process.pid, signal.SIGKILL)
     os._exit(status)
 
 

@@ -77,7 +77,9 @@ def test_every_engine_policy_and_sampler_in_two_processes(extra, tmp_path):
 def test_steps_with_fewer_samples_than_processes(way, tmp_path):
     arguments = *SMALL, "dtype=float64", "sampler.sample_rate=0.001", "trainer.num_steps=6"
     command(*arguments, "run.dir=one", "logger.diagnostics=true", cwd=tmp_path)
-    drawn = [line["drawn_batch_size"] for line in lines(tmp_path / "one/private", "diagnostics.jsonl")]
+    drawn = [
+        line["drawn_batch_size"] for line in lines(tmp_path / "one/private", "diagnostics.jsonl")
+    ]
     assert min(drawn) == 0 and 0 < max(drawn) < 8
     job(*arguments, "run.dir=all", f"parallel={way}", processes=3, cwd=tmp_path)
     assert_same(tmp_path / "all", tmp_path / "one", 1e-12)
@@ -160,7 +162,10 @@ def test_a_sharded_run_goes_on_in_another_shape_as_a_new_attempt(after, tmp_path
     started.wait()
     (done, *_) = job("resume=run", f"parallel={way}", processes=processes, cwd=tmp_path)
     assert "goes on from step" in done.stdout
-    assert "parallel._target_ was dpsgd.parallel.fsdp" in done.stdout or "processes was 2" in done.stdout
+    assert (
+        "parallel._target_ was dpsgd.parallel.fsdp" in done.stdout
+        or "processes was 2" in done.stdout
+    )
     assert json.loads((tmp_path / "run/report.json").read_text())["steps"] == 8
 
 
@@ -200,9 +205,7 @@ def outcome(done):
 )  # fmt: skip
 def test_processes_that_differ_are_found_at_the_start(different, words, tmp_path):
     arguments = *SMALL, "parallel=ddp", "run.dir=run", "optimizer.lr=0.5"
-    done = job(
-        *arguments, processes=2, cwd=tmp_path, different={1: different}, check=False
-    )
+    done = job(*arguments, processes=2, cwd=tmp_path, different={1: different}, check=False)
     assert words in outcome(done)
     assert not (tmp_path / "run/ledger.jsonl").exists()
 

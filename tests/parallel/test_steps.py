@@ -41,9 +41,7 @@ def test_weights_are_those_of_one_process(way, name, tmp_path):
         found = program("trained", way, name, processes=processes, cwd=tmp_path)
         for ranks_own in found[: 1 if way == "fsdp" else None]:
             for key, weight in ranks_own.items():
-                torch.testing.assert_close(
-                    weight, model.state_dict()[key], rtol=1e-12, atol=1e-12
-                )
+                torch.testing.assert_close(weight, model.state_dict()[key], rtol=1e-12, atol=1e-12)
 
 
 def test_a_private_step_communicates_as_an_ordinary_one(tmp_path):
