@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from dpsgd import metrics
 from dpsgd.accounting import epsilon_of, neighbouring
 from dpsgd.ledger import Charged
 from dpsgd.run_directory import CONFIG, LEDGER, REPORT, charged, read_report, write_report
@@ -108,15 +109,9 @@ def summarise(folder: Path, runs: Sequence[Path], console: Console) -> None:
 
 def best_of(reports: Sequence[Mapping[str, Any] | None]) -> int | None:
     """Returns the index of the report with the best test result, None if there is none."""
-    scores = {i: _score(report["test"]) for i, report in enumerate(reports) if report}
+    scores = {i: metrics.goodness(report["test"]) for i, report in enumerate(reports) if report}
     known = {i: score for i, score in scores.items() if score is not None}
     return max(known, key=lambda i: known[i]) if known else None
-
-
-def _score(test: Mapping[str, float]) -> float | None:
-    if "test_accuracy" in test:
-        return test["test_accuracy"]
-    return -test["test_loss"] if "test_loss" in test else None
 
 
 def _report(run: Path) -> dict[str, Any] | None:
@@ -140,8 +135,8 @@ def _table(jobs: Sequence[Mapping[str, Any]], best: int | None, spent: Spent) ->
     table.add_column("test", justify="right")
     for number, job in enumerate(jobs):
         test = job["test"]
-        result = f"{test['test_loss']:.4f}" if "test_loss" in test else "-"
-        result = f"{test['test_accuracy']:.1%}" if "test_accuracy" in test else result
+        measured = metrics.headline(test)
+        result = "-" if measured is None else metrics.shown(measured, test[measured])
         style = "bold green" if number == best else None
         name = f"{job['run']} (best)" if number == best else job["run"]
         table.add_row(name, f"{job['epsilon']:.3f}", result, style=style)
