@@ -83,14 +83,6 @@ def huggingface(
     return (model if adapters is None else with_adapters(model, adapters, head)).train()
 
 
-def is_huggingface(model: nn.Module) -> bool:
-    """Whether a model is one of the transformers library, perhaps with adapters of peft."""
-    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}
-    return bool(
-        kinds & {"transformers.modeling_utils.PreTrainedModel", "peft.peft_model.PeftModel"}
-    )
-
-
 def _labels(head: str, num_classes: int | None) -> dict[str, Any]:
     """The fields of a classifier that the declared data decides."""
     if head == "causal_lm":

@@ -93,6 +93,7 @@ def with_adapters(model: nn.Module, lora: Lora, head: str) -> nn.Module:
     try:
         with warnings.catch_warnings():  # that a Conv1D is stored transposed: peft sees to it
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries
             return library.get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(
