@@ -11,5 +11,13 @@ from dpsgd.data.text import text
 from dpsgd.data.users import Users
 
 __all__ = [
-    "Dataset", "Schema", "Users", "digits", "huggingface", "stories", "synthetic", "tensors", "text",
-]  # fmt: skip
+    "Dataset",
+    "Schema",
+    "Users",
+    "digits",
+    "huggingface",
+    "stories",
+    "synthetic",
+    "tensors",
+    "text",
+]

@@ -12,18 +12,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from dpsgd import rng
 from dpsgd.data.base import Dataset
-from dpsgd.data.grammar import Grammar, Rules
+from dpsgd.data.grammar import Grammar
 from dpsgd.data.schema import Records
 from dpsgd.losses import IGNORED
 
 PADDING, BEGIN, END = "<pad>", "<s>", "</s>"
 DIALECTS = "public", "private"
+
+_Choices: TypeAlias = dict[str, list[tuple[float, Sequence[str]]]]
 
 _DRAWS = 32  # numbers set aside for the choices of one text
 
@@ -150,7 +153,7 @@ def vocabulary() -> tuple[str, ...]:
 def grammar(dialect: str) -> Grammar:
     """Returns the grammar of a dialect; a text ends with </s>."""
     private = dialect == "private"
-    rules: dict[str, list[tuple[float, Sequence[str]]]] = {
+    rules: _Choices = {
         "TIME": _ranked([time.split() for time in _TIMES.split("|")], private),
         "MOTION": _ranked([[word] for word in _MOTIONS.split()], private),
         "COMPANION": _ranked([[word] for word in _COMPANY.split()], private),
@@ -173,9 +176,9 @@ def grammar(dialect: str) -> Grammar:
     return Grammar("STORY", rules)
 
 
-def _sentences(who: str, own: str, private: bool) -> Rules:
+def _sentences(who: str, own: str, private: bool) -> _Choices:
     alone, together = (1.0, 2.0) if private else (3.0, 1.0)
-    rules: dict[str, list[tuple[float, Sequence[str]]]] = {
+    rules: _Choices = {
         f"WITH-{who}": [(alone, []), (together, ["with", own, "COMPANION"])],
         f"FELT-{who}": [
             (2.0 if private else 1.0, [who, "felt", "MOOD", "."]),

@@ -69,7 +69,8 @@ def text(
     source = Source(
         str(path), subset, train_split, test_split, None if test_path is None else str(test_path)
     )
-    tokenize, padding = _bytes, BYTES
+    tokenize: Tokenize = _bytes
+    padding = BYTES
     if tokenizer is not None:
         tokenize, padding = _tokenizer(tokenizer, input_shape[0], vocab_size)
     with TemporaryDirectory() as scratch:

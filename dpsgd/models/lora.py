@@ -114,7 +114,7 @@ def _check_targets(model: nn.Module, names: Sequence[str]) -> None:
 
 def _suitable(model: nn.Module) -> list[str]:
     """The names of the modules that have one weight matrix, each once."""
-    found = {}
+    found: dict[str, None] = {}
     for path, module in model.named_modules():
         weights = dict(module.named_parameters(recurse=False))
         if "weight" in weights and weights["weight"].dim() == 2:
