@@ -18,6 +18,7 @@ MODULES = (
     "dpsgd.train", "dpsgd.account", "dpsgd.audit", "dpsgd.bench", "dp_accounting",
     "sklearn.datasets", "torch.utils.tensorboard", "safetensors.torch", "scipy.stats",
     "matplotlib.backends.backend_agg", "opacus", "jinja2", "torch._dynamo",
+    "transformers.models.gpt2.modeling_gpt2", "peft", "datasets",
 )  # fmt: skip
 
 

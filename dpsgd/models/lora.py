@@ -27,7 +27,8 @@ class Lora:
         alpha: Its weight, times r.
         dropout: Probability of dropping each input of an adapter.
         target_modules: Names of the modules that get one, such as c_attn; None lets peft choose by
-            the kind of model.
+            the kind of model. An embedding and a head that share one weight get one each, so they
+            cannot be merged into it afterwards.
 
     Raises:
         ValueError: If a value is out of range.
@@ -91,8 +92,9 @@ def with_adapters(model: nn.Module, lora: Lora, head: str) -> nn.Module:
         modules_to_save=["classifier"] if head == "image_classification" else None,
     )
     try:
-        with warnings.catch_warnings():  # that a Conv1D is stored transposed: peft sees to it
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        with warnings.catch_warnings():  # of what is said above, and of what peft mends
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries
             return library.get_peft_model(model, config)
     except ValueError as error:

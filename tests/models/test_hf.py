@@ -41,12 +41,14 @@ def randomised(model):
     return model
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora",
+    [None, LORA, {**LORA, "target_modules": ["c_fc", "wte", "lm_head"]}],
+    ids=["full", "lora", "lora_of_embeddings"],
+)
 def test_engines_agree_with_the_loop(lora):
     model = randomised(lm(lora=lora)).double()
-    verdicts = assert_engines_agree(
-        model, losses.causal_lm, sequences(), [Ghost, Vmap], rtol=1e-10
-    )
+    verdicts = assert_engines_agree(model, losses.causal_lm, sequences(), [Ghost, Vmap], rtol=1e-10)
     assert verdicts == {"Ghost": "agrees", "Vmap": "agrees"}
 
 
