@@ -35,7 +35,7 @@ def huggingface(
     `input_shape`. Local files leave no copy of the records behind in the library's cache.
 
     Args:
-        path: A file (.parquet, .csv, .arrow, .json, .jsonl, .txt), a folder of such files or one made by
+        path: A file (.parquet, .csv, .arrow, .json, .jsonl), a folder of such files or one made by
             `save_to_disk`, or a name on the hub.
         input_column: The column of the inputs, or the numeric columns to put side by side.
         label_column: The column of the targets: class numbers, or numbers for regression.

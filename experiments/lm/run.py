@@ -7,11 +7,14 @@ this file. Some ten minutes on two cores.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -65,67 +68,50 @@ def plainly(model: Any, data: Dataset, steps: int, batch_size: int, rate: float)
         yield step
 
 
-class Study:
-    """The runs, one after another, under a progress bar.
+def pretrain(folder: Path, progress: Progress) -> dict[str, float]:
+    """Saves a model of the public dialect; returns its perplexity on both."""
+    seed_everything(0)
+    parts = build(settings("full", *PUBLIC), ("data", "model"))
+    model, data = parts["model"], parts["data"]
+    task = progress.add_task("pre-training on public stories", total=PRETRAINING["steps"])
+    for _ in plainly(model, data, *PRETRAINING.values()):
+        progress.advance(task)
+    model.save_pretrained(folder)
+    private = build(settings("full"), ("data",))["data"]
+    return {
+        "public": evaluate(model, causal_lm, data)["test_perplexity"],
+        "private": evaluate(model, causal_lm, private)["test_perplexity"],
+    }
 
-    Args:
-        folder: Where models and runs go.
-        progress: The bar.
-    """
 
-    def __init__(self, folder: Path, progress: Progress) -> None:
-        self.folder, self.progress = folder, progress
-        self.base = folder / "public"
-        runs = 1 + len(RATES) * len(SEEDS) * (1 + len(EPSILONS))
-        self.task = progress.add_task("pre-training on public stories", total=runs)
+def without_privacy(method: str, seed: int, base: Path) -> dict[str, float]:
+    """Returns the result of as many steps without clipping each record and without noise."""
+    config = settings(method, f"model.path={base}")
+    seed_everything(seed)
+    parts = build(config, ("data", "model"))
+    size, steps = int(config.sampler.expected_batch_size), config.trainer.num_steps
+    for _ in plainly(parts["model"], parts["data"], steps, size, RATES[method][None]):
+        pass
+    return dict(evaluate(parts["model"], causal_lm, parts["data"]))
 
-    def pretrain(self) -> dict[str, float]:
-        """Saves a model of the public dialect; returns its results on both."""
-        seed_everything(0)
-        parts = build(settings("full", *PUBLIC), ("data", "model"))
-        model, data = parts["model"], parts["data"]
-        for step in plainly(model, data, *PRETRAINING.values()):
-            done = (step + 1) / PRETRAINING["steps"]
-            self.progress.update(self.task, completed=done)
-        model.save_pretrained(self.base)
-        private = build(settings("full"), ("data",))["data"]
-        return {
-            "public": evaluate(model, causal_lm, data)["test_perplexity"],
-            "private": evaluate(model, causal_lm, private)["test_perplexity"],
-        }
 
-    def without_privacy(self, method: str, seed: int) -> dict[str, float]:
-        """Returns the result of as many steps without clipping and noise."""
-        self._announce(f"{method}, no privacy, seed {seed}")
-        config = settings(method, f"model.path={self.base}")
-        seed_everything(seed)
-        parts = build(config, ("data", "model"))
-        model = parts["model"]
-        size = int(config.sampler.expected_batch_size)
-        for _ in plainly(model, parts["data"], config.trainer.num_steps, size, RATES[method][None]):
-            pass
-        return self._done(evaluate(model, causal_lm, parts["data"]))
+def privately(method: str, epsilon: int, seed: int, base: Path) -> dict[str, float]:
+    """Returns the result of a run of `dpsgd.train`."""
+    rate = f"optimizer.lr={RATES[method][epsilon]}"
+    budget = f"privacy.target_epsilon={epsilon}"
+    config = settings(method, f"model.path={base}", budget, rate, f"seed={seed}")
+    with tempfile.TemporaryDirectory() as folder:
+        report = train(config, Path(folder, "run"), Console(quiet=True))
+    return {**report["test"], "epsilon": report["epsilon"]}
 
-    def privately(self, method: str, epsilon: int, seed: int) -> dict[str, float]:
-        """Returns the result of a run of `dpsgd.train`."""
-        self._announce(f"{method}, epsilon {epsilon}, seed {seed}")
-        config = settings(
-            method,
-            f"model.path={self.base}",
-            f"privacy.target_epsilon={epsilon}",
-            f"optimizer.lr={RATES[method][epsilon]}",
-            f"seed={seed}",
-        )
-        path = self.folder / f"{method}-{epsilon}-{seed}"
-        report = train(config, path, Console(quiet=True))
-        return self._done({**report["test"], "epsilon": report["epsilon"]})
 
-    def _announce(self, words: str) -> None:
-        self.progress.update(self.task, description=words)
-
-    def _done(self, result: Any) -> dict[str, float]:
-        self.progress.update(self.task, advance=1)
-        return dict(result)
+def one(job: tuple[str, int | None, int], base: Path) -> dict[str, float]:
+    """Returns the result of a method, an epsilon or None for no privacy, and a seed."""
+    torch.set_num_threads(1)
+    method, epsilon, seed = job
+    if epsilon is None:
+        return without_privacy(method, seed, base)
+    return privately(method, epsilon, seed, base)
 
 
 def summarised(found: list[dict[str, float]]) -> dict[str, Any]:
@@ -136,18 +122,27 @@ def summarised(found: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def study(folder: Path, progress: Progress) -> dict[str, Any]:
-    """Returns the figures of all runs."""
-    runs = Study(folder, progress)
-    results: dict[str, Any] = {"pretrained": runs.pretrain()}
+    """Returns the figures of all runs, two of them at a time, each on one core."""
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"pretrained": pretrain(folder, progress)}
     results["grammar"] = {d: math.exp(entropy(d)) for d in ("public", "private")}
+    jobs = list(itertools.product(RATES, (*EPSILONS, None), SEEDS))
+    task = progress.add_task("fine-tuning on private stories", total=len(jobs))
+    found = {}
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(one, job, folder): job for job in jobs}
+        for done in as_completed(waiting):
+            found[waiting[done]] = done.result()
+            progress.advance(task)
     for method in RATES:
-        private = {}
-        for epsilon in EPSILONS:
-            found = [runs.privately(method, epsilon, seed) for seed in SEEDS]
-            spent = max(row["epsilon"] for row in found)
-            private[str(epsilon)] = {**summarised(found), "epsilon_spent": spent}
-        plain = summarised([runs.without_privacy(method, seed) for seed in SEEDS])
-        results[method] = {"private": private, "not_private": plain}
+        rows = {e: [found[method, e, seed] for seed in SEEDS] for e in (*EPSILONS, None)}
+        spent = {e: max(row["epsilon"] for row in rows[e]) for e in EPSILONS}
+        results[method] = {
+            "private": {
+                str(e): {**summarised(rows[e]), "epsilon_spent": spent[e]} for e in EPSILONS
+            },
+            "not_private": summarised(rows[None]),
+        }
     return results
 
 
