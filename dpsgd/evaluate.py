@@ -1,13 +1,15 @@
-"""Accuracy and loss on records that are held to be public."""
+"""Test results on records that are held to be public."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from dpsgd import metrics
 from dpsgd.data import Dataset
 from dpsgd.engines import LossFn
 from dpsgd.losses import PerUser
@@ -15,12 +17,17 @@ from dpsgd.parallel import World
 from dpsgd.placement import Placement
 
 _BATCH = 1024
+_SCORES = 1 << 24  # the most scores of one batch, where each position has some
 
 
 def evaluate(
     model: nn.Module, loss_fn: LossFn, data: Dataset, world: World | None = None
 ) -> Mapping[str, float]:
-    """Returns the mean test loss and, for classifiers, the accuracy; nothing without a test set.
+    """Returns the mean test loss and what else the loss is judged by; nothing without a test set.
+
+    With `causal_lm` that is `test_perplexity`, exp of the mean nats per counted token of the whole
+    test set, where the loss is a mean of means, one per sequence. With other losses on classes it
+    is `test_accuracy`, the share of the labels that count.
 
     The model is in eval mode meanwhile and in its former mode afterwards.
 
@@ -36,29 +43,50 @@ def evaluate(
     x, y = data.test
     if isinstance(loss_fn, PerUser):  # test records have no users
         loss_fn = loss_fn.loss_fn
-    place = Placement.of(model)
-    losses, hits = 0.0, 0
+    tally, place = _tally(loss_fn, data), Placement.of(model)
+    world = World() if world is None else world
+    losses, total, count = 0.0, 0.0, 0.0
     with _eval_mode(model), torch.no_grad():
-        for rows, counts in _parts(len(x), world or World()):
-            batch = place.batch((x[rows], y[rows]))
-            losses += float(loss_fn(model, batch).double().sum()) * counts
-            if data.num_classes is not None:
-                hits += int((model(batch[0]).argmax(1) == batch[1]).sum()) * counts
-    totals = torch.tensor([losses, hits], dtype=torch.float64)
-    (world or World()).sum_(totals)
-    results = {"test_loss": float(totals[0]) / len(x)}
-    if data.num_classes is not None:
-        results["test_accuracy"] = float(totals[1]) / len(x)
+        for rows, counts in _parts(len(x), _rows(data), world):
+            found, added, counted = tally(model, place.batch((x[rows], y[rows])))
+            losses += float(found.double().sum()) * counts
+            total += float(added) * counts
+            count += int(counted) * counts
+    sums = torch.tensor([losses, total, count], dtype=torch.float64)
+    world.sum_(sums)
+    losses, total, count = sums.tolist()
+    results = {"test_loss": losses / len(x)}
+    if metrics.is_language_model(loss_fn):
+        results["test_perplexity"] = _exp(total / max(count, 1))
+    elif data.num_classes is not None:
+        results["test_accuracy"] = total / max(count, 1)
     return results
 
 
-def _parts(size: int, world: World) -> Iterator[tuple[slice, bool]]:
-    """Yields the rows of each pass of this process, and whether they count or only fill it."""
+def _parts(size: int, rows: int, world: World) -> Iterator[tuple[slice, bool]]:
+    """Yields the records of each pass of this process, and whether they count or only fill it."""
     share = -(-size // world.size)
     first = world.rank * share
-    for start in range(first, first + share, _BATCH):
-        stop = min(start + _BATCH, first + share, size)
+    for start in range(first, first + share, rows):
+        stop = min(start + rows, first + share, size)
         yield (slice(start, stop), True) if start < stop else (slice(0, 1), False)
+
+
+def _tally(loss_fn: LossFn, data: Dataset) -> metrics.Tally:
+    if metrics.is_language_model(loss_fn):
+        return metrics.next_tokens
+    return metrics.losses_alone(loss_fn) if data.num_classes is None else metrics.hits(loss_fn)
+
+
+def _rows(data: Dataset) -> int:
+    """How many test records are evaluated at once: fewer where each has scores by position."""
+    positions = math.prod(data.train[1].shape[1:])
+    return min(_BATCH, max(1, _SCORES // (positions * (data.num_classes or 1))))
+
+
+def _exp(nats: float) -> float:
+    """The exponential, infinite where it is too large for a number."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.panel import Panel
 
-from dpsgd import durable, signals
+from dpsgd import durable, metrics, signals
 
 ENDED, INTERRUPTED, NOT_BEGUN, FAILED, CRASHED = (
     "ended", "interrupted", "not begun", "failed", "crashed",
@@ -170,13 +170,15 @@ def _result(outcome: Outcome, report: Mapping[str, Any] | None) -> str:
     if report is None:
         first = outcome.words.splitlines()[-1 if outcome.status == CRASHED else 0 :]
         return f"{outcome.status}: {first[0]}" if first else outcome.status
-    test = [
-        f"{name.replace('_', ' ')} {value:.1%}" if "accuracy" in name else f"{name} {value:.4f}"
-        for name, value in report["test"].items()
-        if name == "test_accuracy" or "test_accuracy" not in report["test"]
-    ]
+    name = metrics.headline(report["test"])
+    test = [] if name is None else [f"{name} {metrics.shown(name, report['test'][name])}"]
     steps = f"{outcome.status} at step {report['steps']} of {report['planned_steps']}"
-    parts = [steps, *test, f"epsilon {report['epsilon']:.3f} alone", f"{report['seconds']:.1f} s"]
+    parts = [
+        steps,
+        *(words.replace("_", " ") for words in test),
+        f"epsilon {report['epsilon']:.3f} alone",
+        f"{report['seconds']:.1f} s",
+    ]
     return ", ".join(parts)
 
 

@@ -104,7 +104,7 @@ class TensorBoard(Logger):
 
 
 def history(path: Path) -> list[dict[str, float]]:
-    """Returns the evaluations in a metrics file: step, epsilon, test_loss, test_accuracy."""
+    """Returns the evaluations in a metrics file: step, epsilon, test_loss and other results."""
     rows = []
     with path.open("rb") as file:
         for line in file:

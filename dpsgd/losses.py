@@ -4,7 +4,8 @@ A sample's loss is the mean over its own positions and over nothing else. An ave
 would make one sample's gradient depend on the others, and no clipping could bound its influence.
 
 Every loss runs under `torch.func.vmap` with batches of one, and computes in float32 or better
-whatever the dtype of the model.
+whatever the dtype of the model. A model returns a tensor, or an output with its scores as `logits`,
+as the models of Hugging Face do.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ Pair: TypeAlias = tuple[Tensor, Tensor]
 IGNORED = -100
 """The label of a position that does not count, as in `torch.nn.functional.cross_entropy`."""
 
+Tokens: TypeAlias = Tensor | Pair | Mapping[str, Tensor]
+"""Sequences of token ids: alone, with their labels, or as a mapping."""
+
 
 def cross_entropy(model: Model, batch: Pair) -> Tensor:
     """Returns the cross entropy in nats between class scores and labels, [B].
@@ -40,7 +44,7 @@ def cross_entropy(model: Model, batch: Pair) -> Tensor:
         ValueError: If the labels are not integers or do not match the positions of the scores.
     """
     x, y = batch
-    scores = _widened(model(x))
+    scores = _widened(scores_of(model(x)))
     if y.is_floating_point() or y.is_complex():
         raise ValueError(f"Expected integer labels, got {y.dtype}. Use mse for regression.")
     if scores.dim() < 2 or scores.shape[:1] + scores.shape[2:] != y.shape:
@@ -63,7 +67,7 @@ def mse(model: Model, batch: Pair) -> Tensor:
         ValueError: If predictions and targets differ in shape; they are never broadcast.
     """
     x, y = batch
-    predictions = _matched(_widened(model(x)), y)
+    predictions = _matched(_widened(scores_of(model(x))), y)
     return _mean(F.mse_loss(predictions, y.to(predictions.dtype), reduction="none"))
 
 
@@ -78,11 +82,11 @@ def binary_cross_entropy(model: Model, batch: Pair) -> Tensor:
         ValueError: If logits and answers differ in shape; they are never broadcast.
     """
     x, y = batch
-    logits = _matched(_widened(model(x)), y)
+    logits = _matched(_widened(scores_of(model(x))), y)
     return _mean(F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction="none"))
 
 
-def causal_lm(model: Model, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+def causal_lm(model: Model, batch: Tokens) -> Tensor:
     """Returns the mean cross entropy in nats of each sample's next tokens, [B].
 
     The prediction at position t counts if t and t + 1 are attended and label t + 1 is not -100. A
@@ -91,18 +95,34 @@ def causal_lm(model: Model, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
     Args:
         model: Maps token ids [B, T] to logits [B, T, vocabulary], a tensor or the `logits` of the
             output. Called as `model(input_ids)`, with `attention_mask=` if the batch has one.
-        batch: Token ids [B, T], or a mapping with `input_ids` [B, T] and optionally
-            `attention_mask` [B, T] (0 where not attended) and `labels` [B, T] (the ids unless
-            given; shifted here, as in Hugging Face models).
+        batch: Token ids [B, T]; or a pair of ids and labels [B, T]; or a mapping with `input_ids`
+            [B, T] and optionally `attention_mask` [B, T] (0 where not attended) and `labels`
+            [B, T]. Labels are the ids unless given, and shifted here, as in Hugging Face models.
 
     Raises:
-        ValueError: If there are fewer than two tokens, so that nothing is predicted.
+        ValueError: If there are fewer than two tokens, so that nothing is predicted, or the labels
+            are not one per token.
     """
-    fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    nats, counted = next_token_nats(model, batch)
+    return nats / counted.clamp(min=1)
+
+
+def next_token_nats(model: Model, batch: Tokens) -> tuple[Tensor, Tensor]:
+    """Returns the cross entropy in nats of each sample's next tokens, summed, and their number.
+
+    Two tensors [B]; arguments and errors are those of `causal_lm`, which is their quotient.
+    """
+    fields = _token_fields(batch)
     ids = fields["input_ids"]
+    labels = fields.get("labels", ids)
     if ids.dim() != 2 or ids.shape[1] < 2:
         raise ValueError(f"Expected token ids [B, T] with T >= 2, got {list(ids.shape)}.")
-    labels = fields.get("labels", ids)[:, 1:]
+    if labels.shape != ids.shape or labels.is_floating_point():
+        raise ValueError(
+            f"Expected one integer label per token id, {list(ids.shape)}, got {labels.dtype} "
+            f"{list(labels.shape)}. Use cross_entropy for one label per sequence."
+        )
+    labels = labels[:, 1:]
     if "attention_mask" in fields:
         mask = fields["attention_mask"]
         output = model(ids, attention_mask=mask)
@@ -110,11 +130,28 @@ def causal_lm(model: Model, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
         labels = torch.where(attended, labels, IGNORED)
     else:
         output = model(ids)
-    logits = _widened(output if isinstance(output, Tensor) else output.logits)[:, :-1]
+    logits = _widened(scores_of(output))[:, :-1]
     losses = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten().long(), reduction="none", ignore_index=IGNORED
     )
-    return _mean_of_counted(losses.view_as(labels), labels != IGNORED)
+    return losses.view_as(labels).sum(1), (labels != IGNORED).sum(1)
+
+
+def scores_of(output: Any) -> Tensor:
+    """Returns the scores in a model's output: the tensor that it is, or its `logits`.
+
+    Raises:
+        ValueError: If it is neither a tensor nor an output with `logits`.
+    """
+    if isinstance(output, Tensor):
+        return output
+    try:
+        return output.logits
+    except AttributeError as error:
+        raise ValueError(
+            f"Expected the model to return a tensor, or an output with logits, got "
+            f"{type(output).__name__}. Return the scores, or write a loss of your own."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -140,6 +177,15 @@ class PerUser:
         counted = present.bool()
         total = torch.where(counted, losses, 0).sum(1)
         return total / counted.sum(1).clamp(min=1)
+
+
+def _token_fields(batch: Tokens) -> Mapping[str, Tensor]:
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}
+    if isinstance(batch, Mapping):
+        return batch
+    ids, labels = batch
+    return {"input_ids": ids, "labels": labels}
 
 
 def _widened(output: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 
-from dpsgd import accounting
+from dpsgd import accounting, metrics
 from dpsgd.accounting import Curve
 from dpsgd.engines import Engine
 from dpsgd.ledger import Charged
@@ -118,10 +118,9 @@ def summary(report: Mapping[str, Any], where: str) -> RenderableType:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in report["test"].items():
-        shown = f"{value:.1%}" if name.endswith("accuracy") else f"{value:.4f}"
-        table.add_row(name.replace("_", " "), shown)
+        table.add_row(name.replace("_", " "), metrics.shown(name, value))
     if not report["test"]:
-        table.add_row("test accuracy", "no test set: none is claimed")
+        table.add_row("test result", "no test set: none is claimed")
     table.add_row(
         "guarantee",
         f"epsilon {report['epsilon']:.3f}, delta {report['delta']:g} "

@@ -18,6 +18,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dpsgd import metrics
+
 # What is drawn in these stand-ins takes its colour from the page, which may be dark or light.
 _INK, _ACCENT, _MUTED, _LINE = "#010101", "#020202", "#030303", "#040404"
 _COLORS = {
@@ -68,9 +70,8 @@ def html_report(report: Mapping[str, Any], config: str) -> str:
         config: The resolved configuration as YAML, without a key.
     """
     history = report["history"]
-    metrics = sorted({name for row in history for name in row if name.startswith("test_")})
-    preferred = [name for name in ("test_accuracy", "test_loss") if name in metrics]
-    metric = (preferred or metrics or [None])[0]
+    found = sorted({name for row in history for name in row if name.startswith("test_")})
+    metric = metrics.headline(dict.fromkeys(found, 0.0)) or (found or [None])[0]
     return (
         _environment()
         .get_template("report.html.j2")
@@ -82,7 +83,7 @@ def html_report(report: Mapping[str, Any], config: str) -> str:
             noise=_by_step(report["noise_multiplier"], report["noise_schedule"]),
             norms=_by_step(report["max_grad_norm"], report.get("clipping_schedule", {"0": 1.0})),
             metric=metric,
-            metrics=metrics,
+            metrics=found,
             routes=_routes(report["routes"]),
             spent=_spent(report),
             spending=_spending(report),
@@ -144,7 +145,7 @@ def _count(value: int) -> str:
 
 def _value(value: float, name: str) -> str:
     """A test result."""
-    return f"{value:.1%}" if name.endswith("accuracy") else f"{value:.4f}"
+    return metrics.shown(name, value)
 
 
 def _name(name: str) -> str:

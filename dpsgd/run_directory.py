@@ -32,13 +32,14 @@ LEDGER_KEY = "ledger_key"
 KEY = "key"
 ATTEMPT = "attempt.json"
 CHECKPOINTS = "checkpoints"
+HUGGING_FACE = "hf"
 
 
 class RunDirectory:
     """Creates, fills and reopens `runs/<name>/`.
 
     Public: config.yaml, metrics.jsonl, ledger.jsonl, checkpoints/, tensorboard/, model.safetensors,
-    report.json and report.html.
+    hf/ (a Hugging Face model in its library's own format), report.json and report.html.
     Private, mode 0700: private/, with the key (0600) and what is known of the attempt until the run
     ends, the ledger's own key, and diagnostics if they were asked for.
 
@@ -154,6 +155,7 @@ class RunDirectory:
         """Removes report and model of an interruption, which are not those of what comes now."""
         for name in (REPORT, PAGE, MODEL):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / HUGGING_FACE, ignore_errors=True)
 
     def new_ledger(self, plan: Mapping[str, Any]) -> Ledger:
         """Returns the ledger of a new run."""
@@ -186,7 +188,7 @@ class RunDirectory:
         return Checkpoints(self.path / CHECKPOINTS, self._ledger_key(), files)
 
     def save_model(self, model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Writes model.safetensors, tied parameters once.
+        """Writes model.safetensors, tied parameters once, and hf/ of a Hugging Face model.
 
         Args:
             model: The model.
@@ -195,6 +197,8 @@ class RunDirectory:
         from safetensors import SafetensorError
         from safetensors.torch import save_file, save_model
 
+        from dpsgd.models.hf_folder import is_huggingface, save_folder
+
         target = self.path / f"{durable.MARK}{MODEL}"
         try:
             if weights is None:
@@ -202,6 +206,8 @@ class RunDirectory:
             else:
                 save_file(dict(weights), str(target))
             durable.write(self.path / MODEL, target.read_bytes())
+            if is_huggingface(model):
+                save_folder(model, self.path / HUGGING_FACE, weights)
         except SafetensorError as error:  # of an input or output error
             raise OSError(errno.EIO, str(error), str(self.path / MODEL)) from error
         finally:
@@ -255,7 +261,8 @@ def write_report(path: Path, report: Mapping[str, Any], config: str) -> None:
     """
     from dpsgd.report_html import html_report
 
-    files = {name: _sha256(path / name) for name in (MODEL, CONFIG)}
+    folder = sorted(f"{HUGGING_FACE}/{file.name}" for file in (path / HUGGING_FACE).glob("*"))
+    files = {name: _sha256(path / name) for name in (MODEL, CONFIG, *folder)}
     whole = {**report, "files": files}
     whole["sha256"] = _report_digest(whole)
     durable.write(path / REPORT, (json.dumps(whole, indent=2) + "\n").encode())

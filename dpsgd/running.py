@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dpsgd import replay, resuming
+from dpsgd import metrics, replay, resuming
 from dpsgd.checkpoint import Checkpoint
 from dpsgd.checks import Preflight
 from dpsgd.config import saved_settings
@@ -120,19 +120,19 @@ def _steps(
     """
     began = time.perf_counter()
     first, every = trainer.step.step, config.checkpoint.every
-    metrics, public, private = _loggers(run, config, first)
-    if start.checkpoint is not None and start.checkpoint.facts["metrics"] != metrics.digest:
+    lines, public, private = _loggers(run, config, first)
+    if start.checkpoint is not None and start.checkpoint.facts["metrics"] != lines.digest:
         console.print(caution("metrics.jsonl was changed: the report's history is not whole."))
 
     files = files_of(trainer.step.parallel)
 
     def save() -> None:
-        for logger in (metrics, *public, *private):
+        for logger in (lines, *public, *private):
             logger.flush()
-        run.checkpoints(files).save(_checkpoint(trainer, start.attempt, ledger, metrics))
+        run.checkpoints(files).save(_checkpoint(trainer, start.attempt, ledger, lines))
 
     with stopping() as stop, ExitStack() as stack:
-        for logger in (metrics, *public, *private):
+        for logger in (lines, *public, *private):
             stack.enter_context(logger)
         progress = stack.enter_context(_progress(console))
         task = progress.add_task("training", total=until, completed=first, status="")
@@ -141,7 +141,7 @@ def _steps(
             save()
         for report, due in steps_of(trainer, until, every, stop, ledger):
             test.update(report.test)
-            for logger in (metrics, *public):
+            for logger in (lines, *public):
                 logger.log(report.step, public_scalars(report))
             for logger in private:
                 logger.log(report.step, private_scalars(report))
@@ -151,7 +151,7 @@ def _steps(
         seconds = time.perf_counter() - began
         if first < trainer.step.step == until:
             speed = speed_scalar(until - first, trainer.plan.expected_batch_size, seconds)
-            for logger in (metrics, *public):
+            for logger in (lines, *public):
                 logger.log(until, speed)
     return seconds
 
@@ -180,12 +180,12 @@ def steps_of(
             return
 
 
-def _checkpoint(trainer: Trainer, attempt: int, ledger: Ledger, metrics: JsonLines) -> Checkpoint:
+def _checkpoint(trainer: Trainer, attempt: int, ledger: Ledger, lines: JsonLines) -> Checkpoint:
     facts = {
         "physical_batch_size": trainer.physical_batch_size,
         "choices": dict(trainer.step.engine.choices.made),
         "ledger": ledger.head,
-        "metrics": metrics.digest,
+        "metrics": lines.digest,
     }
     return Checkpoint(attempt, trainer.step.step, trainer.step.state_dict(), facts)
 
@@ -194,12 +194,12 @@ def _loggers(
     run: RunDirectory, config: DictConfig, step: int
 ) -> tuple[JsonLines, list[Logger], list[Logger]]:
     """The metrics file, further public logs and private ones, all going on after a step."""
-    metrics = JsonLines(run.path / METRICS, step)
+    lines = JsonLines(run.path / METRICS, step)
     public: list[Logger] = [TensorBoard(run.path / "tensorboard", step)]
     if not config.logger.diagnostics:
-        return metrics, public, []
+        return lines, public, []
     return (
-        metrics,
+        lines,
         public,
         [
             JsonLines(run.private / "diagnostics.jsonl", step),
@@ -221,5 +221,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _status(report: StepReport, test: dict[str, float]) -> str:
-    accuracy = f", accuracy {test['test_accuracy']:.1%}" if "test_accuracy" in test else ""
-    return f"epsilon <= {report.epsilon:.2f}{accuracy}"
+    name = metrics.headline(test)
+    words = "" if name is None else name.removeprefix("test_")
+    result = "" if name is None else f", {words} {metrics.shown(name, test[name])}"
+    return f"epsilon <= {report.epsilon:.2f}{result}"

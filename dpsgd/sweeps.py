@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from dpsgd import durable, jobs
+from dpsgd import durable, jobs, metrics
 from dpsgd.accounting import epsilon_of, neighbouring
 from dpsgd.jobs import Outcome
 from dpsgd.ledger import Charged
@@ -189,15 +189,9 @@ def _status(report: Mapping[str, Any] | None) -> str:
 
 def best_of(reports: Sequence[Mapping[str, Any] | None]) -> int | None:
     """Returns the index of the report with the best test result, None if there is none."""
-    scores = {i: _score(report["test"]) for i, report in enumerate(reports) if report}
+    scores = {i: metrics.goodness(report["test"]) for i, report in enumerate(reports) if report}
     known = {i: score for i, score in scores.items() if score is not None}
     return max(known, key=lambda i: known[i]) if known else None
-
-
-def _score(test: Mapping[str, float]) -> float | None:
-    if "test_accuracy" in test:
-        return test["test_accuracy"]
-    return -test["test_loss"] if "test_loss" in test else None
 
 
 def _report(run: Path) -> dict[str, Any] | None:
@@ -225,8 +219,8 @@ def _table(rows: Sequence[Mapping[str, Any]], best: str | None, caption: str) ->
     table.add_column("")
     for row in rows:
         test = row["test"]
-        result = f"{test['test_loss']:.4f}" if "test_loss" in test else "-"
-        result = f"{test['test_accuracy']:.1%}" if "test_accuracy" in test else result
+        measured = metrics.headline(test)
+        result = "-" if measured is None else metrics.shown(measured, test[measured])
         epsilon = "-" if row["epsilon"] is None else f"{row['epsilon']:.3f}"
         won = row["run"] == best
         remarks = ["best"] * won + [row["status"]] * (row["status"] != jobs.ENDED)

@@ -33,7 +33,7 @@ class StepReport:
         step: Steps taken so far.
         epsilon: Upper bound on the epsilon spent so far.
         learning_rate: The optimizer's, of its first parameter group.
-        test: Test loss and accuracy, if this step was evaluated.
+        test: Test loss, and accuracy or perplexity, if this step was evaluated.
         private: Training loss, gradient norm, clipped fraction and drawn batch size: not covered by
             the guarantee, never to be published.
         stopping: Whether some process of the job was asked to stop.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cases import CASES, labelled_loss, squares
 from torch import nn
 
-from dpsgd import checks, engines
+from dpsgd import checks, engines, losses
 from dpsgd.testing import assert_engines_agree
 
 
@@ -373,3 +373,14 @@ def test_batches_with_booleans_are_checked():
         checks.check_independence(
             model, lambda m, b: m(b[0]).square().sum(1) * b[1].sum(), (torch.randn(4, 3), present)
         )
+
+
+def test_synthetic_labels_per_token_do_not_count_at_padding():
+    from dpsgd.data import stories
+
+    data = stories("public", [24], 230, 230, public_size=5, num_train=2)
+    x, y = checks.synthetic_batch(data, 4)
+    assert x.shape == y.shape == (4, 24)
+    assert (y == losses.IGNORED).any()
+    assert (x[y == losses.IGNORED] == 0).all()
+    assert not (checks.synthetic_batch(data, 4, padded=False)[1] == losses.IGNORED).any()

@@ -15,12 +15,17 @@ CHOICES = [
     (group, path.stem)
     for group in GROUPS
     for path in sorted((config_dir() / group).glob("*.yaml"))
-    if (group, path.stem) not in {("data", "tensors"), ("data", "hf")}  # they want a file
+    if (group, path.stem)
+    not in {("data", "tensors"), ("data", "hf"), ("data", "text")}  # want a file
 ]
+
+LANGUAGE_MODEL = ["model=hf", "model.type=gpt2", "model.config={n_layer: 1}"]
 
 NEEDED = {  # settings that have no default
     ("clipping", "grouped"): ["clipping.patterns={all: '*'}"],
     ("sampler", "user_poisson"): ["sampler.public_size=100"],
+    ("data", "stories"): LANGUAGE_MODEL,
+    ("model", "hf"): ["data=stories", *LANGUAGE_MODEL[1:]],
 }
 
 WORDS = [

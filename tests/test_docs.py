@@ -50,6 +50,8 @@ def commands():
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("docs")
     command("trainer.num_steps=2", "run.dir=runs/x", cwd=path)
+    small = ("data.public_size=500", "data.num_test=20")
+    command("experiment=lm_lora", "trainer.num_steps=1", *small, "run.dir=runs/lm", cwd=path)
     return path
 
 

@@ -212,3 +212,40 @@ def test_gradients_under_vmap_with_batches_of_one(case):
     summed = torch.autograd.grad(loss_fn(model, batch).sum(), list(model.parameters()))
     for got, expected in zip(per_sample.values(), summed, strict=True):
         torch.testing.assert_close(got.sum(0), expected)
+
+
+def test_causal_lm_takes_ids_with_labels():
+    model, ids = LanguageModel(), torch.randint(7, (3, 5))
+    labels = ids.clone()
+    labels[0, 2:] = losses.IGNORED
+    expected = losses.causal_lm(model, {"input_ids": ids, "labels": labels})
+    torch.testing.assert_close(losses.causal_lm(model, (ids, labels)), expected)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3).long(), torch.zeros(3, 5)])
+def test_causal_lm_refuses_labels_that_are_not_one_per_token(labels):
+    with pytest.raises(ValueError, match="one integer label per token id"):
+        losses.causal_lm(LanguageModel(), (torch.zeros(3, 5).long(), labels))
+
+
+def test_nats_and_tokens_of_each_sequence():
+    model, ids = LanguageModel(), torch.randint(7, (3, 5))
+    labels = ids.clone()
+    labels[1, 3:] = losses.IGNORED
+    nats, counted = losses.next_token_nats(model, (ids, labels))
+    assert counted.tolist() == [4, 2, 4]
+    torch.testing.assert_close(nats / counted, losses.causal_lm(model, (ids, labels)))
+
+
+@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.mse, losses.binary_cross_entropy])
+def test_scores_may_be_the_logits_of_an_output(loss):
+    x, y = torch.randn(4, 3), torch.rand(4, 3)
+    if loss is losses.cross_entropy:
+        y = torch.randint(3, (4,))
+    wrapped = loss(lambda x: SimpleNamespace(logits=x), (x, y))
+    torch.testing.assert_close(wrapped, loss(identity, (x, y)))
+
+
+def test_an_output_without_logits_is_refused():
+    with pytest.raises(ValueError, match="a tensor, or an output with logits, got tuple"):
+        losses.cross_entropy(lambda x: (x, x), (torch.randn(2, 3), torch.zeros(2).long()))

@@ -19,8 +19,9 @@ import traceback
 MODULES = (
     "dpsgd.train", "dpsgd.account", "dpsgd.audit", "dpsgd.bench", "dp_accounting",
     "sklearn.datasets", "torch.utils.tensorboard", "safetensors.torch", "scipy.stats",
-    "matplotlib.backends.backend_agg", "opacus", "jinja2", "torch._dynamo", "torch.distributed.fsdp",
-    "torch.distributed.checkpoint", "torch.distributed.tensor",
+    "matplotlib.backends.backend_agg", "opacus", "jinja2", "torch._dynamo",
+    "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor",
+    "transformers.models.gpt2.modeling_gpt2", "peft", "datasets",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import torch
 
 from dpsgd.data import Dataset
 from dpsgd.engines import Batch
+from dpsgd.losses import IGNORED
 
 
 def synthetic_batch(data: Dataset, size: int, *, padded: bool = True) -> Batch:
@@ -14,7 +15,8 @@ def synthetic_batch(data: Dataset, size: int, *, padded: bool = True) -> Batch:
     Args:
         data: What is declared.
         size: B.
-        padded: Whether the inputs end in zeros, as if padded, from another place in each sample.
+        padded: Whether the inputs end in zeros, as if padded, from another place in each sample;
+            labels, where each position has one, then are -100 there.
     """
     shape = (size, *data.input_shape)
     with torch.random.fork_rng(devices=[]):
@@ -22,12 +24,15 @@ def synthetic_batch(data: Dataset, size: int, *, padded: bool = True) -> Batch:
         x = torch.rand(shape)
         if data.vocab_size is not None:
             x = torch.randint(data.vocab_size, shape)
-        for row, start in enumerate(torch.randperm(size) * shape[1] // size if padded else ()):
+        starts = torch.randperm(size) * shape[1] // size if padded else ()
+        for row, start in enumerate(starts):
             x[row, start + 1 :] = 0
         targets = data.train[1]
         y = torch.rand((size, *targets.shape[1:]))
         if data.num_classes is not None:
             y = torch.randint(data.num_classes, y.shape, dtype=targets.dtype)
+            for row, start in enumerate(starts if y.shape[:2] == shape[:2] else ()):
+                y[row, start + 1 :] = IGNORED
     return x, y
 
 

@@ -4,8 +4,20 @@ from dpsgd.data.base import Dataset
 from dpsgd.data.digits import digits
 from dpsgd.data.hf import huggingface
 from dpsgd.data.schema import Schema
+from dpsgd.data.stories import stories
 from dpsgd.data.synthetic import synthetic
 from dpsgd.data.tensors import tensors
+from dpsgd.data.text import text
 from dpsgd.data.users import Users
 
-__all__ = ["Dataset", "Schema", "Users", "digits", "huggingface", "synthetic", "tensors"]
+__all__ = [
+    "Dataset",
+    "Schema",
+    "Users",
+    "digits",
+    "huggingface",
+    "stories",
+    "synthetic",
+    "tensors",
+    "text",
+]

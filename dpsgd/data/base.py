@@ -19,8 +19,8 @@ class Dataset:
         train: Inputs [N, *input_shape] and targets [N, ...] of the private records.
         test: The same for the test set, which is held to be public; None without one.
         input_shape: Shape of one input.
-        num_classes: Number of classes, labels being int64 in 0..num_classes-1; None for
-            regression, targets being floating.
+        num_classes: Number of classes, labels being int64 in 0..num_classes-1, or -100 where one of
+            several per record does not count; None for regression, targets being floating.
         public_size: The number of records that accounting and averaging may use. Declared, because
             under add/remove adjacency the true number is private; the two need not be equal.
         vocab_size: Number of tokens, inputs being int64 ids in 0..vocab_size-1; None for floating

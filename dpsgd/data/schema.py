@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from dpsgd.losses import IGNORED
+
 _ROWS_AT_ONCE = 1 << 16
 
 Records: TypeAlias = tuple[Tensor, Tensor]
@@ -24,7 +26,8 @@ class Schema:
 
     Attributes:
         input_shape: Shape of one input.
-        num_classes: Number of classes; None for regression.
+        num_classes: Number of classes; None for regression. A record with several labels, one per
+            position, may have -100 where none counts. Those of a language model are its tokens.
         vocab_size: Number of different tokens; None for inputs that are not token ids.
 
     Raises:
@@ -101,7 +104,8 @@ class Schema:
         if self.num_classes is None:
             _check_floats(y, f"{name} targets", "Set num_classes if they are labels.")
         else:
-            _check_integers(y, self.num_classes, f"{name} labels", "num_classes")
+            ignored = IGNORED if y.dim() > 1 else None
+            _check_integers(y, self.num_classes, f"{name} labels", "num_classes", ignored)
 
 
 def _size(value: object) -> bool:
@@ -120,14 +124,21 @@ def _check_floats(values: Tensor, what: str, otherwise: str) -> None:
         raise ValueError(f"Expected finite {what}, got NaN or infinity. Repair the data first.")
 
 
-def _check_integers(values: Tensor, count: int, what: str, declaration: str) -> None:
+def _check_integers(
+    values: Tensor, count: int, what: str, declaration: str, ignored: int | None = None
+) -> None:
     if values.dtype != torch.int64:
         raise ValueError(
             f"Expected {what} as torch.int64, got {values.dtype}. Convert them, or set "
             f"{declaration} to null if they are no ids."
         )
-    if any(((part < 0) | (part >= count)).any() for part in _in_parts(values)):
-        raise ValueError(
-            f"Expected {what} within 0..{count - 1}, got others. Number them from 0, or declare "
-            f"the {declaration} that is publicly known."
-        )
+    for part in _in_parts(values):
+        outside = (part < 0) | (part >= count)
+        if ignored is not None:
+            outside &= part != ignored
+        if outside.any():
+            also = "" if ignored is None else f", or {ignored} where none counts"
+            raise ValueError(
+                f"Expected {what} within 0..{count - 1}{also}, got others. Number them from 0, or "
+                f"declare the {declaration} that is publicly known."
+            )

@@ -14,7 +14,7 @@ from dpsgd.data import Dataset
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
-MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml") if path.stem != "hf")
 TOKENS = {"kind": "tokens", "input_shape": [12], "vocab_size": 20}
 
 
@@ -35,8 +35,18 @@ def test_every_data_set_declares_its_schema(name):
     assert {"input_shape", "num_classes", "public_size", "vocab_size"} <= set(keys)
 
 
-@pytest.mark.parametrize("name", ["tensors", "hf"])
-@pytest.mark.parametrize("key", ["path", "input_shape", "num_classes", "public_size"])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *(
+            (n, k)
+            for n in ("tensors", "hf", "text")
+            for k in ("path", "input_shape", "public_size")
+        ),
+        ("tensors", "num_classes"),
+        ("hf", "num_classes"),
+    ],
+)
 def test_what_must_be_declared(name, key):
     assert OmegaConf.is_missing(compose(name).data, key)
 
@@ -56,6 +66,14 @@ def test_tokens_with_sequence_models(model):
     config = compose("synthetic", model, **TOKENS)
     x, _ = instantiate(config.data).take(torch.arange(3))
     assert instantiate(config.model)(x).shape == (3, 10)
+
+
+def test_stories_with_a_language_model():
+    changes = {"type": "gpt2", "config": {"n_layer": 1, "n_embd": 8, "n_head": 2}}
+    config = compose("stories", "hf", num_train=5)
+    config.model = OmegaConf.merge(config.model, changes)
+    x, y = instantiate(config.data).take(torch.arange(3))
+    assert instantiate(config.model)(x).logits.shape == (*y.shape, 230)
 
 
 def test_synthetic_training_size_follows_the_public_size():

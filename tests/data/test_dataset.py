@@ -144,3 +144,14 @@ def test_conform_makes_regression_targets_floating():
 def test_conform_does_not_mix_records():
     with pytest.raises(ValueError, match="6 values each, got"):
         Schema([2, 3], 4).conform(torch.ones(6, 5), torch.ones(6).long())
+
+
+def test_labels_per_position_may_not_count():
+    y = torch.tensor([[0, 1, -100], [-100, -100, 2]])
+    assert torch.equal(build(**targets(y)).train[1], y)
+
+
+@pytest.mark.parametrize("y", [[-100, 1], [[-99, 1], [0, 1]], [[3, 1], [0, 1]]])
+def test_other_labels_out_of_range_are_refused(y):
+    with pytest.raises(ValueError, match=r"labels within 0\.\.2"):
+        build(**targets(torch.tensor(y)))

@@ -88,4 +88,4 @@ def test_a_sharded_parameter_that_is_not_looked_up_in_time_is_an_error(tmp_path,
     monkeypatch.setattr("dpsgd.engines.ghost.engine.Names", lambda *_: names)
     with pytest.raises(ValueError, match="is no parameter of the model"):
         engine(batch_of())
-    assert BATCH == len(batch_of()[0])
+    assert len(batch_of()[0]) == BATCH
