@@ -12,6 +12,7 @@ from dpsgd.data import Dataset
 from dpsgd.engines import LossFn
 from dpsgd.losses import PerUser
 from dpsgd.placement import Placement
+from dpsgd.precision import autocast_of
 
 _BATCH = 1024
 
@@ -34,7 +35,9 @@ def evaluate(model: nn.Module, loss_fn: LossFn, data: Dataset) -> Mapping[str, f
             batch = place.batch((x[rows], y[rows]))
             losses += float(loss_fn(model, batch).double().sum())
             if data.num_classes is not None:
-                hits += int((model(batch[0]).argmax(1) == batch[1]).sum())
+                with autocast_of(loss_fn, batch):
+                    scores = model(batch[0])
+                hits += int((scores.argmax(1) == batch[1]).sum())
     results = {"test_loss": losses / len(x)}
     if data.num_classes is not None:
         results["test_accuracy"] = hits / len(x)

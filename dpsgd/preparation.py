@@ -14,8 +14,10 @@ from dpsgd.components import build, finished
 from dpsgd.config import placement
 from dpsgd.data import Dataset
 from dpsgd.engines import Engine
+from dpsgd.forward import check_engine, loss_of
 from dpsgd.losses import PerUser
 from dpsgd.noise import Gaussian
+from dpsgd.physical_batch import first_rows
 from dpsgd.planning import privacy_plan
 from dpsgd.sampling import Sampler, UserPoisson
 from dpsgd.saved_run import load_weights
@@ -62,11 +64,12 @@ def prepare(
         load_weights(model, config.model.init_from)
     sampler = finished("sampler", parts["sampler"], Sampler, key=rng.derive(streams, "sampler"))
     plan = privacy_plan(config, sampler, parts["clipping"])
-    loss_fn, batch = parts["loss"], checks.synthetic_batch(data, 4)
+    loss_fn, batch = loss_of(config, parts["loss"]), checks.synthetic_batch(data, 4)
     if isinstance(plan.sampler, UserPoisson):
         loss_fn = PerUser(loss_fn)
         batch = checks.synthetic_users(data, 4, plan.sampler.records_per_user)
     engine = finished("engine", parts["engine"], Engine, model, loss_fn)
+    check_engine(config, engine)
     passed = checks.preflight(engine, place.batch(batch))
     plan.clipping.groups(list(engine.parameters))
     parameters = list(engine.parameters.values())
@@ -76,7 +79,7 @@ def prepare(
         plan.private_step(engine, optimizer, noise),
         data,
         plan,
-        physical_batch_size=config.trainer.physical_batch_size,
+        physical_batch_size=first_rows(config.trainer.physical_batch_size),
         evaluate_every=config.trainer.evaluate_every,
         seed=config.seed,
     )

@@ -12,12 +12,13 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from dpsgd import cli, replay, resuming, rng
+from dpsgd import cli, physical_batch, replay, resuming, rng
 from dpsgd.accounting import Releases
 from dpsgd.components import build
 from dpsgd.config import fixed_key, placement
 from dpsgd.engines.memory import is_out_of_memory
 from dpsgd.planning import privacy_plan
+from dpsgd.precision import UPDATES_LOST
 from dpsgd.preparation import assembled, prepare
 from dpsgd.random_stopping import run_candidates
 from dpsgd.report import banner, caution, summary
@@ -25,7 +26,6 @@ from dpsgd.run_directory import CONFIG, KEY, REPORT, RunDirectory, read_report
 from dpsgd.running import run_to_end
 from dpsgd.saved_run import read_config
 
-_HALVED = "A physical batch did not fit into the memory. It has {} rows from now on."
 _KEY_FIXED = "privacy.key is fixed: whoever knows it can subtract the noise."
 
 
@@ -72,13 +72,13 @@ def _in_directory(
         trainer.step.engine.choices.made.update(start.checkpoint.facts["choices"])
         trainer.step.engine.choices.final = True
     else:
-        asked = trainer.physical_batch_size
-        trainer.warm_up()
-        if trainer.physical_batch_size < min(asked, trainer.plan.sampler.largest_batch()):
-            console.print(caution(_HALVED.format(trainer.physical_batch_size)))
+        for note in physical_batch.settle(trainer, config.trainer.physical_batch_size):
+            console.print(note)
     not_private = [_KEY_FIXED] if start.record["fixed"] else []
     if not_private:
         console.print(banner(not_private))
+    if place.dtype == torch.bfloat16:
+        console.print(caution(UPDATES_LOST))
     if trainer.plan.sampler.caution is not None:
         console.print(caution(trainer.plan.sampler.caution))
     for note in start.notes:

@@ -120,14 +120,14 @@ class Trainer:
             ValueError: If half of it is too large as well.
         """
         try:
-            self._try_physical_batch()
+            self.try_physical_batch()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             full = self._rows_at_once()
             self.physical_batch_size = max(1, full // 2)
             try:
-                self._try_physical_batch()
+                self.try_physical_batch()
             except Exception as again:
                 if not is_out_of_memory(again):
                     raise
@@ -137,7 +137,8 @@ class Trainer:
                 ) from again
         self.step.engine.choices.final = True
 
-    def _try_physical_batch(self) -> None:
+    def try_physical_batch(self) -> None:
+        """Runs one physical batch of made-up records; nothing of it is kept."""
         size, sampler = self._rows_at_once(), self.plan.sampler
         if isinstance(sampler, UserPoisson):
             batch = synthetic_users(self.data, size, sampler.records_per_user)
