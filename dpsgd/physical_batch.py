@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,8 @@ def first_rows(asked: Any) -> int:
     return asked
 
 
-def settle(trainer: Trainer, asked: Any) -> Iterator[RenderableType]:
-    """Makes sure that a physical batch fits, before any privacy is spent; yields what to tell.
+def settle(trainer: Trainer, asked: Any) -> list[RenderableType]:
+    """Makes sure that a physical batch fits, before any privacy is spent; returns what to tell.
 
     Args:
         trainer: The trainer; its physical batch size is set.
@@ -62,9 +62,10 @@ def settle(trainer: Trainer, asked: Any) -> Iterator[RenderableType]:
     trainer.warm_up()
     rows = trainer.physical_batch_size
     if asked == AUTO:
-        yield _FOUND.format(rows)
-    elif rows < min(before, trainer.plan.sampler.largest_batch()):
-        yield caution(_HALVED.format(rows))
+        return [_FOUND.format(rows)]
+    if rows < min(before, trainer.plan.sampler.largest_batch()):
+        return [caution(_HALVED.format(rows))]
+    return []
 
 
 def most_rows(plan: PrivacyPlan) -> int:
@@ -112,8 +113,8 @@ def largest_fitting(trial: Callable[[int], None], most: int, memory: Memory) -> 
         size *= 2
     if not rows:
         raise ValueError(
-            "Expected memory for a physical batch, but not even one row fits. Set autocast=bfloat16 "
-            "or trainer.activation_checkpointing=true, or take a smaller model."
+            "Expected memory for a physical batch, but not even one row fits. Set "
+            "autocast=bfloat16 or trainer.activation_checkpointing=true, or take a smaller model."
         )
     return rows
 

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from dpsgd.engines import Batch
 
 UPDATES_LOST = (
-    "dtype=bfloat16 keeps 8 bits of a number: an update below 1/512 of a parameter is rounded away. "
-    "autocast=bfloat16 with dtype=float32 keeps small updates, and computes in bfloat16 as well."
+    "dtype=bfloat16 keeps 8 bits of a number: an update below 1/512 of a parameter is rounded "
+    "away. autocast=bfloat16 with dtype=float32 computes in bfloat16 as well, and keeps it."
 )
 """What somebody who trains parameters in bfloat16 should know."""
 
@@ -76,7 +76,7 @@ def with_autocast(
     if dtype != torch.float32:
         name = str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"Expected dtype=float32 with autocast=bfloat16, got dtype={name}. Autocast computes in "
-            "bfloat16 with parameters in float32; leave out one of the two."
+            f"Expected dtype=float32 with autocast=bfloat16, got dtype={name}. Autocast computes "
+            "in bfloat16 with parameters in float32; leave out one of the two."
         )
     return Autocast(loss_fn)

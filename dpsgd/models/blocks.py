@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -27,19 +27,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     larger = list(_larger(model))
     classes = Counter(type(module) for module in larger)
     repeated = [module for module in larger if classes[type(module)] > 1]
-    for among in (repeated, larger):
-        if among:
-            wanted = {id(module) for module in among}
-            return list(_outermost(model, lambda module: id(module) in wanted))
-    held = {
-        id(child)
-        for module in model.modules()
-        if _is_container(module)
-        for child in module.children()
-        if _has_parameters(child)
-    }
-    layers = list(_outermost(model, lambda module: id(module) in held))
-    return layers or [child for child in model.children() if _has_parameters(child)]
+    wanted = repeated or larger or list(_layers(model))
+    return _outermost(model, wanted) or [c for c in model.children() if _has_parameters(c)]
 
 
 def _larger(model: nn.Module) -> Iterator[nn.Module]:
@@ -52,19 +41,27 @@ def _larger(model: nn.Module) -> Iterator[nn.Module]:
                 yield child
 
 
-def _outermost(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """The wanted modules below a model that are not inside of another one, each once."""
-    seen = set()
-    stack = [*reversed(list(model.children()))]
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules with parameters in containers."""
+    for module in model.modules():
+        if _is_container(module):
+            yield from (child for child in module.children() if _has_parameters(child))
+
+
+def _outermost(model: nn.Module, wanted: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those of the wanted modules below a model that are not inside of another one, each once."""
+    ids, found, seen = {id(module) for module in wanted}, [], set()
+    stack = list(model.children())[::-1]
     while stack:
         module = stack.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if wanted(module):
-            yield module
+        if id(module) in ids:
+            found.append(module)
         else:
-            stack += reversed(list(module.children()))
+            stack += list(module.children())[::-1]
+    return found
 
 
 def _is_container(module: nn.Module) -> bool:
