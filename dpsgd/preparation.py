@@ -34,6 +34,7 @@ def assembled(config: DictConfig) -> dict[str, Any]:
     every = config.checkpoint.every
     if every is not None and every < 1:
         raise ValueError(f"Expected checkpoint.every >= 1, or null for none, got {every}.")
+    first_rows(config.trainer.physical_batch_size)  # raises early
     seed_everything(config.seed)
     parts = build(config)
     data = parts["data"]
