@@ -15,6 +15,7 @@ from dpsgd.engines import LossFn
 from dpsgd.losses import PerUser
 from dpsgd.parallel import World
 from dpsgd.placement import Placement
+from dpsgd.precision import autocast_of
 
 _BATCH = 1024
 _SCORES = 1 << 24  # the most scores of one batch, where each position has some
@@ -48,7 +49,9 @@ def evaluate(
     losses, total, count = 0.0, 0.0, 0.0
     with _eval_mode(model), torch.no_grad():
         for rows, counts in _parts(len(x), _rows(data), world):
-            found, added, counted = tally(model, place.batch((x[rows], y[rows])))
+            batch = place.batch((x[rows], y[rows]))
+            with autocast_of(loss_fn, batch):
+                found, added, counted = tally(model, batch)
             losses += float(found.double().sum()) * counts
             total += float(added) * counts
             count += int(counted) * counts

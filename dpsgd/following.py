@@ -33,7 +33,7 @@ def follow(config: DictConfig, world: World) -> bool:
     assert isinstance(start, Start)
     resuming.check_records(parts["data"], start, world)
     trainer, _ = prepare(config, parts, start.streams)
-    make_ready(trainer, start)
+    make_ready(trainer, start, config.trainer.physical_batch_size)
     until = world.broadcast(0)
     load(trainer, start)
     with stopping(quiet=True) as stop:

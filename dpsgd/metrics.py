@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dpsgd.engines import Batch, LossFn
-from dpsgd.losses import IGNORED, causal_lm, next_token_nats, scores_of
+from dpsgd.losses import IGNORED, PerUser, causal_lm, next_token_nats, scores_of
+from dpsgd.precision import Autocast
+from dpsgd.recomputation import Recomputed
 
 PREFERRED = ("test_accuracy", "test_perplexity", "test_loss")
 """The results that `evaluate` knows, the most telling one first."""
@@ -40,7 +42,9 @@ def shown(name: str, value: float) -> str:
 
 def is_language_model(loss_fn: LossFn) -> bool:
     """Whether a loss is `causal_lm`, bare or as a configuration makes it."""
-    return (loss_fn.func if isinstance(loss_fn, partial) else loss_fn) is causal_lm
+    while isinstance(loss_fn, Autocast | Recomputed | PerUser | partial):
+        loss_fn = loss_fn.func if isinstance(loss_fn, partial) else loss_fn.loss_fn
+    return loss_fn is causal_lm
 
 
 def next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

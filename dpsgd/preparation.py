@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from rich.console import RenderableType
 from torch import nn
 
 from dpsgd import checks, rng
@@ -14,10 +15,12 @@ from dpsgd.components import build, finished
 from dpsgd.config import placement
 from dpsgd.data import Dataset
 from dpsgd.engines import Engine
+from dpsgd.forward import check_engine, loss_of
 from dpsgd.losses import PerUser
 from dpsgd.noise import Gaussian
 from dpsgd.parallel import Parallel
 from dpsgd.parallel.world import this_job
+from dpsgd.physical_batch import first_rows, settle
 from dpsgd.planning import privacy_plan
 from dpsgd.resuming import Start
 from dpsgd.sampling import Sampler, UserPoisson
@@ -35,6 +38,7 @@ def assembled(config: DictConfig) -> dict[str, Any]:
     every = config.checkpoint.every
     if every is not None and every < 1:
         raise ValueError(f"Expected checkpoint.every >= 1, or null for none, got {every}.")
+    first_rows(config.trainer.physical_batch_size)  # raises early
     seed_everything(config.seed)
     parts = build(config)
     data = parts["data"]
@@ -76,11 +80,12 @@ def prepare(
         load_weights(model, config.model.init_from)
     sampler = finished("sampler", parts["sampler"], Sampler, key=rng.derive(streams, "sampler"))
     plan = privacy_plan(config, sampler, parts["clipping"])
-    loss_fn, batch = parts["loss"], checks.synthetic_batch(data, 4)
+    loss_fn, batch = loss_of(config, parts["loss"]), checks.synthetic_batch(data, 4)
     if isinstance(plan.sampler, UserPoisson):
         loss_fn = PerUser(loss_fn)
         batch = checks.synthetic_users(data, 4, plan.sampler.records_per_user)
     engine = finished("engine", parts["engine"], Engine, model, loss_fn)
+    check_engine(config, engine)
     passed = checks.preflight(engine, place.batch(batch))
     plan.clipping.groups(list(engine.parameters))
     parts["parallel"].place(engine)
@@ -91,18 +96,27 @@ def prepare(
         plan.private_step(engine, optimizer, noise, parts["parallel"]),
         data,
         plan,
-        physical_batch_size=config.trainer.physical_batch_size,
+        physical_batch_size=first_rows(config.trainer.physical_batch_size),
         evaluate_every=config.trainer.evaluate_every,
         seed=config.seed,
     )
     return trainer, passed
 
 
-def make_ready(trainer: Trainer, start: Start) -> None:
-    """Settles how steps are computed: as in the run that goes on, or by a trial."""
-    if start.replays and start.checkpoint is not None:
-        trainer.physical_batch_size = start.checkpoint.facts["physical_batch_size"]
-        trainer.step.engine.choices.made.update(start.checkpoint.facts["choices"])
-        trainer.step.engine.choices.final = True
-    else:
-        trainer.warm_up()
+def make_ready(trainer: Trainer, start: Start, asked: Any) -> list[RenderableType]:
+    """Settles how steps are computed, as in the run that goes on, or by a trial.
+
+    Args:
+        trainer: The trainer.
+        start: How the run starts.
+        asked: The rows of a physical batch, a number or `auto`.
+
+    Returns:
+        What the user should be told.
+    """
+    if not start.replays or start.checkpoint is None:
+        return settle(trainer, asked)
+    trainer.physical_batch_size = start.checkpoint.facts["physical_batch_size"]
+    trainer.step.engine.choices.made.update(start.checkpoint.facts["choices"])
+    trainer.step.engine.choices.final = True
+    return []

@@ -24,7 +24,8 @@ class Training:
 
     num_steps: int | None = None
     epochs: float | None = None
-    physical_batch_size: int = 512
+    physical_batch_size: Any = 512
+    activation_checkpointing: bool = False
     evaluate_every: int = 10
 
 
@@ -108,6 +109,7 @@ class Scalars:
 
     device: str = "auto"
     dtype: str = "float32"
+    autocast: str | None = None
     seed: int = 0
     debug: bool = False
     ledger: str | None = None

@@ -22,6 +22,7 @@ from dpsgd.following import follow
 from dpsgd.parallel import LostPeer, World, joined
 from dpsgd.parallel.world import NobodyThere, this_job
 from dpsgd.planning import privacy_plan
+from dpsgd.precision import UPDATES_LOST
 from dpsgd.preparation import assembled, make_ready, prepare
 from dpsgd.random_stopping import run_candidates
 from dpsgd.report import banner, caution, summary
@@ -29,7 +30,6 @@ from dpsgd.run_directory import CONFIG, KEY, REPORT, RunDirectory, read_report
 from dpsgd.running import run_to_end
 from dpsgd.saved_run import read_config
 
-_HALVED = "A physical batch did not fit into the memory. It has {} rows from now on."
 _ONE_RUN = (
     "Expected a single run in a job of {} processes, got a sweep. Run sweeps without torchrun, or "
     "each of its runs as a job of its own."
@@ -86,13 +86,13 @@ def _in_directory(
     trainer, passed = prepare(config, parts, start.streams)
     if start.charged is not None:
         resuming.check_plan(trainer.plan, start.charged)
-    asked = min(trainer.physical_batch_size, trainer.plan.sampler.largest_batch())
-    make_ready(trainer, start)
-    if not start.replays and trainer.physical_batch_size < asked:
-        console.print(caution(_HALVED.format(trainer.physical_batch_size)))
+    for note in make_ready(trainer, start, config.trainer.physical_batch_size):
+        console.print(note)
     not_private = [_KEY_FIXED] if start.record["fixed"] else []
     if not_private:
         console.print(banner(not_private))
+    if place.dtype == torch.bfloat16:
+        console.print(caution(UPDATES_LOST))
     if trainer.plan.sampler.caution is not None:
         console.print(caution(trainer.plan.sampler.caution))
     for note in start.notes:

@@ -137,14 +137,19 @@ class Trainer:
 
     def _fit_physical_batch(self) -> None:
         try:
-            self._try_physical_batch()
+            self.try_physical_batch()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             full = self._rows_at_once()
+            if self.step.parallel.even and self.step.parallel.world.size > 1:
+                raise ValueError(
+                    f"Expected memory for a physical batch, but {full} rows do not fit, and other "
+                    "processes wait for this pass. Lower trainer.physical_batch_size, or set auto."
+                ) from error
             self.physical_batch_size = max(1, full // 2)
             try:
-                self._try_physical_batch()
+                self.try_physical_batch()
             except Exception as again:
                 if not is_out_of_memory(again):
                     raise
@@ -153,7 +158,8 @@ class Trainer:
                     f"{self.physical_batch_size} rows fit. Lower trainer.physical_batch_size."
                 ) from again
 
-    def _try_physical_batch(self) -> None:
+    def try_physical_batch(self) -> None:
+        """Runs one physical batch of made-up records; nothing of it is kept."""
         size, sampler = self._rows_at_once(), self.plan.sampler
         if isinstance(sampler, UserPoisson):
             batch = synthetic_users(self.data, size, sampler.records_per_user)

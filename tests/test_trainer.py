@@ -6,8 +6,9 @@ import pytest
 import torch
 import worlds
 
-from dpsgd import checks, clipping, engines
+from dpsgd import checks, clipping, engines, losses
 from dpsgd.plan import PrivacyPlan, steps_for
+from dpsgd.precision import Autocast
 from dpsgd.sampling import Poisson
 from dpsgd.schedules import Schedule
 from dpsgd.trainer import Trainer
@@ -31,6 +32,30 @@ def test_the_result_does_not_depend_on_the_physical_batch_size(engine, physical)
     actual, _ = trained(physical, engine)
     for p, q in zip(expected.parameters(), actual.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+PRECISIONS = {  # parameters, loss, and how far rounding takes the weights of six steps
+    "float32": (torch.float32, losses.cross_entropy, 1e-5),
+    "autocast": (torch.float32, Autocast(losses.cross_entropy), 1e-3),
+    "bfloat16": (torch.bfloat16, losses.cross_entropy, 2**-6),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("engine", [engines.Ghost, engines.Hooks, engines.Vmap])
+@pytest.mark.parametrize("physical", [1, 3, 64])
+def test_nor_does_it_in_less_precision(engine, physical, precision):
+    """In bfloat16 a weight may go to the neighbouring number, once or twice."""
+    dtype, loss, tolerance = PRECISIONS[precision]
+    weights = []
+    for rows in (5, physical):
+        trainer, _ = worlds.trainer(
+            worlds.vectors, engine, dtype, rate=0.7, steps=6, physical=rows, loss=loss
+        )
+        list(trainer.run())
+        weights.append([p.detach().double() for p in trainer.step.engine.model.parameters()])
+    for p, q in zip(*weights):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
 
 def test_a_run_repeats_bit_for_bit_with_its_key_and_seed():

@@ -17,6 +17,7 @@ from dpsgd.config import placement
 from dpsgd.engines import Batch, LossFn
 from dpsgd.engines.memory import is_out_of_memory
 from dpsgd.placement import Placement
+from dpsgd.precision import with_autocast
 from dpsgd.private_step import PrivateStep
 from dpsgd.seeding import seed_everything
 
@@ -115,10 +116,11 @@ class Workload:
         parts = build(config, ("data", "model", "loss"))
         model = place.model(parts["model"])
         batch = place.batch(synthetic_batch(parts["data"], config.bench.batch_size, padded=False))
+        loss_fn = with_autocast(parts["loss"], config.autocast, place.dtype)
         resolved = config.copy()
         OmegaConf.resolve(resolved)
         resolved.privacy.key = None  # noise takes fresh keys here; none is written anywhere
-        return cls(resolved, model, parts["loss"], batch, place)
+        return cls(resolved, model, loss_fn, batch, place)
 
     def step(self, system: System) -> Step:
         """Returns the training step of a system, on a copy of the model of its own.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dpsgd.checks.comparison import relative_gap, tolerance
+from dpsgd.checks.comparison import relative_gap, rounding_of
 from dpsgd.checks.dropout import without_dropout
 from dpsgd.checks.state import restored
 from dpsgd.engines import Batch, Engine, Loop
@@ -34,12 +34,13 @@ def check_agreement(engine: Engine, batch: Batch) -> None:
         expected = _results(loop, batch)
         again = _results(loop, batch)
         actual = _results(engine, batch)
+        limit = rounding_of(engine.model, engine.loss_fn, batch)
     if any(relative_gap(again[what], expected[what]) > 0 for what in expected):
         return
     scales = {kind: _largest(expected, kind) for kind, _ in expected}
     gaps = {what: relative_gap(actual[what], expected[what], scales[what[0]]) for what in expected}
     kind, worst = what = max(gaps, key=lambda what: gaps[what])
-    if gaps[what] > tolerance(next(iter(engine.parameters.values())).dtype):
+    if gaps[what] > limit:
         raise ValueError(
             f"Expected {type(engine).__name__} to agree with Loop, but the {kind} of '{worst}' "
             f"differ by {gaps[what]:.1e} of their size. Use engine=loop, and please report the "
@@ -64,12 +65,12 @@ def check_coverage(engine: Engine, batch: Batch) -> None:
         losses = check_losses(engine.loss_fn(engine.model, map_tensors(Tensor.clone, batch)), size)
         rows = [plain_gradients(loss, engine.parameters, retain_graph=True) for loss in losses]
         again = engine.loss_fn(engine.model, map_tensors(Tensor.clone, batch))
+        limit = max(rounding_of(engine.model, engine.loss_fn, batch), _BATCHED)
     if not torch.equal(losses, again):
         return  # the model draws random numbers of its own: nothing to compare
     scale = max(float(row[name].abs().max()) for row in rows for name in row if row[name].numel())
     for name in dense:
         expected = torch.stack([row[name] for row in rows])
-        limit = max(tolerance(expected.dtype), _BATCHED)
         if relative_gap(dense[name].sum(0), expected.sum(0), scale) > limit:
             raise ValueError(
                 f"Expected the per-sample gradients of {type(engine).__name__} to add up to "

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dpsgd.engines import Batch, LossFn
+from dpsgd.engines.narrowest import Narrowest
 
 
 def relative_gap(actual: Tensor, expected: Tensor, scale: float = 0.0) -> float:
@@ -26,3 +29,17 @@ def relative_gap(actual: Tensor, expected: Tensor, scale: float = 0.0) -> float:
 def tolerance(dtype: torch.dtype) -> float:
     """Returns the relative difference that rounding explains: 1e-9, 1e-3, or 0.1 for bfloat16."""
     return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 0.1)
+
+
+def rounding_of(model: nn.Module, loss_fn: LossFn, batch: Batch) -> float:
+    """Returns the relative difference that rounding explains in what the forward pass computes.
+
+    Parameters in float32 do not tell: the pass may be in bfloat16 (autocast).
+    """
+    with Narrowest() as seen, torch.no_grad():
+        loss_fn(model, batch)
+    return tolerance(min(seen.dtype, next(model.parameters()).dtype, key=_bits))
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from dpsgd.engines.ghost.opened import opened
+
 _DROPOUTS = (
     F.dropout,
     F.dropout1d,
@@ -44,6 +46,9 @@ class _NoDropout(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            with self:  # checkpoints recompute there, without dropout again
+                return opened(func)(*args, **kwargs)
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.multi_head_attention_forward:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dpsgd.engines.base import Engine, LossFn, check_no_gradient_hooks
 from dpsgd.engines.batch import Batch, check_losses, map_tensors
 from dpsgd.engines.grads import DenseGrads, PerSampleGrads
+from dpsgd.engines.narrowest import Narrowest
 from dpsgd.engines.opacus_attachment import Mode, attached, named_errors
 from dpsgd.engines.probe import RandomState, SizeProbe, check_combination, plain_gradients
 
@@ -58,7 +59,7 @@ class Opacus(Engine):
         self, batch: Batch, size: int, parameters: Mapping[str, nn.Parameter]
     ) -> PerSampleGrads:
         if self.mode == "ghost":
-            _check_precise(parameters)
+            _check_precise({name: p.dtype for name, p in parameters.items()}, "parameters")
             random = RandomState(self.model)
             run = partial(self._ghost, parameters)
             return _GhostGrads(run, batch, size, parameters, random)
@@ -100,6 +101,10 @@ class Opacus(Engine):
                     f"Opacus (mode={self.mode}) {flaw} at '{path}': wrong per-sample gradients for "
                     "some batches. Use engine=vmap or engine=loop."
                 )
+        if self.mode == "ghost":
+            with Narrowest() as seen, torch.no_grad():
+                self.loss_fn(self.model, batch)
+            _check_precise({"the model": seen.dtype}, "a forward pass")
         with _sequences_seen(self.model) as sequences:
             check_combination(self, self._gradients, batch, size, parameters)
         if self.mode == "ghost" and sequences:
@@ -235,13 +240,13 @@ def _sequences_seen(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _check_precise(parameters: Mapping[str, nn.Parameter]) -> None:
-    coarse = [name for name, p in parameters.items() if torch.finfo(p.dtype).bits < 32]
+def _check_precise(dtypes: Mapping[str, torch.dtype], what: str) -> None:
+    coarse = [dtype for dtype in dtypes.values() if torch.finfo(dtype).bits < 32]
     if coarse:
         raise ValueError(
-            f"Expected parameters in float32 or float64 for Opacus (mode=ghost), got "
-            f"{parameters[coarse[0]].dtype}: it rounds norms to that type, and clipped gradients "
-            "then exceed the clip norm. Use mode=hooks or another engine."
+            f"Expected {what} in float32 or float64 for Opacus (mode=ghost), got {coarse[0]}: it "
+            "rounds norms to that type, and clipped gradients then exceed the clip norm. Use "
+            "mode=hooks or another engine."
         )
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from cases import CASES, squares
+from memory import saved_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -192,27 +193,6 @@ def test_gradients_are_freed_without_the_garbage_collector():
         assert held() is None
     finally:
         gc.enable()
-
-
-def saved_bytes(model, loss, x):
-    """Most memory that tensors saved for the backward pass take at a time."""
-    total = most = 0
-
-    class Held:
-        def __init__(self, tensor):
-            nonlocal total, most
-            self.tensor = tensor
-            self.size = tensor.numel() * tensor.element_size()
-            total += self.size
-            most = max(most, total)
-
-        def __del__(self):
-            nonlocal total
-            total -= self.size
-
-    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-        Ghost(model, loss)(x)
-    return most
 
 
 def test_checkpoints_keep_their_saving():

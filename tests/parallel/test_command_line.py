@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 KEY = "ab" * 32
 SMALL = (
-    "model=mlp", "model.widths=[16]", "sampler.sample_rate=0.05", "trainer.num_steps=5", "device=cpu",
-    f"privacy.key={KEY}", "privacy.noise_multiplier=1", "trainer.physical_batch_size=16", "trainer.evaluate_every=2",
+    "model=mlp", "model.widths=[16]", "device=cpu", "sampler.sample_rate=0.05",
+    "trainer.num_steps=5", "trainer.physical_batch_size=16", "trainer.evaluate_every=2",
+    "privacy.noise_multiplier=1", f"privacy.key={KEY}",
 )  # fmt: skip
 
 

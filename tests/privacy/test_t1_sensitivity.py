@@ -5,7 +5,8 @@ import torch
 import worlds
 from cases import ENGINES
 
-from dpsgd import clipping, engines
+from dpsgd import clipping, engines, losses
+from dpsgd.precision import Autocast
 
 ALL = {"loop": engines.Loop, **ENGINES}
 X = torch.linspace(-1, 1, 36)
@@ -23,9 +24,9 @@ HOSTILE = {
 LIMIT = 1 + 1e-5
 
 
-def distance(build, engine, dtype, extra):
+def distance(build, engine, dtype, extra, **options):
     (plain, first), (more, second) = (
-        worlds.trainer(build, engine, dtype, records) for records in ((), extra)
+        worlds.trainer(build, engine, dtype, records, **options) for records in ((), extra)
     )
     list(plain.run())
     list(more.run())
@@ -43,6 +44,30 @@ def test_a_hostile_vector_moves_the_release_by_at_most_c(engine, record, dtype):
             distance(worlds.vectors, ALL[engine], dtype, extra)
         return
     assert distance(worlds.vectors, ALL[engine], dtype, extra) <= LIMIT
+
+
+AUTOCAST = {"loss": Autocast(losses.cross_entropy)}
+REFUSES_AUTOCAST = {"opacus-ghost": "exceed the clip norm", "opacus-ew": "cannot run this model"}
+
+
+@pytest.mark.parametrize("record", HOSTILE)
+@pytest.mark.parametrize("engine", ALL)
+def test_a_hostile_vector_moves_the_release_by_at_most_c_under_autocast(engine, record):
+    extra = [(HOSTILE[record][:6], torch.tensor(3))]
+    if engine in REFUSES_AUTOCAST:
+        with pytest.raises(ValueError, match=REFUSES_AUTOCAST[engine]):
+            distance(worlds.vectors, ALL[engine], torch.float32, extra, **AUTOCAST)
+        return
+    assert distance(worlds.vectors, ALL[engine], torch.float32, extra, **AUTOCAST) <= LIMIT
+
+
+@pytest.mark.parametrize("options", [{}, AUTOCAST], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("build", [worlds.images, worlds.tokens], ids=["image", "sequence"])
+@pytest.mark.parametrize("engine", [name for name in ALL if name not in REFUSES_AUTOCAST])
+def test_a_large_record_moves_the_release_by_at_most_c_in_bfloat16(engine, build, options):
+    dtype = torch.float32 if options else torch.bfloat16
+    x = torch.full((16,), 7) if build is worlds.tokens else HOSTILE["large"].view(1, 6, 6)
+    assert distance(build, ALL[engine], dtype, [(x, torch.tensor(1))], **options) <= LIMIT
 
 
 @pytest.mark.parametrize("record", ["ordinary", "huge", "nan", "inf"])

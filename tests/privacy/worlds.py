@@ -70,6 +70,7 @@ def trainer(
     policy=None,
     sampler=None,
     users=None,
+    loss=losses.cross_entropy,
     **options,
 ):
     """A trainer over SIZE records plus the extra ones, and the noise that records its releases."""
@@ -88,7 +89,7 @@ def trainer(
         **{"accountant": "rdp", **options},
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = plan.private_step(engine(model, losses.cross_entropy), optimizer, noise)
+    step = plan.private_step(engine(model, loss), optimizer, noise)
     made = Trainer(step, data, plan, physical_batch_size=physical)
     for record, label in extra:  # after all checks
         together = torch.cat([data.train[0], record[None]]), torch.cat([data.train[1], label[None]])
