@@ -14,13 +14,21 @@ from dpsgd.losses import PerUser
 from dpsgd.placement import Placement
 from dpsgd.precision import autocast_of
 
-_BATCH = 1024
+MOST_ROWS = 1024
 
 
-def evaluate(model: nn.Module, loss_fn: LossFn, data: Dataset) -> Mapping[str, float]:
+def evaluate(
+    model: nn.Module, loss_fn: LossFn, data: Dataset, rows_at_once: int = MOST_ROWS
+) -> Mapping[str, float]:
     """Returns the mean test loss and, for classifiers, the accuracy; nothing without a test set.
 
     The model is in eval mode meanwhile and in its former mode afterwards.
+
+    Args:
+        model: The model.
+        loss_fn: Its loss per record, or per user.
+        data: Whose test set is used.
+        rows_at_once: What fits into the memory.
     """
     if data.test is None:
         return {}
@@ -30,8 +38,8 @@ def evaluate(model: nn.Module, loss_fn: LossFn, data: Dataset) -> Mapping[str, f
     place = Placement.of(model)
     losses, hits = 0.0, 0
     with _eval_mode(model), torch.no_grad():
-        for start in range(0, len(x), _BATCH):
-            rows = slice(start, start + _BATCH)
+        for start in range(0, len(x), rows_at_once):
+            rows = slice(start, start + rows_at_once)
             batch = place.batch((x[rows], y[rows]))
             losses += float(loss_fn(model, batch).double().sum())
             if data.num_classes is not None:

@@ -15,7 +15,7 @@ from dpsgd.data import Dataset, Users
 from dpsgd.engines import Batch
 from dpsgd.engines.batch import map_tensors
 from dpsgd.engines.memory import is_out_of_memory
-from dpsgd.evaluate import evaluate
+from dpsgd.evaluate import MOST_ROWS, evaluate
 from dpsgd.ledger import Ledger
 from dpsgd.losses import PerUser
 from dpsgd.placement import Placement
@@ -202,12 +202,12 @@ class Trainer:
 
     def _report(self, step: int, last: int, private: Mapping[str, float]) -> StepReport:
         due = step % self.evaluate_every == 0 or step == last
-        engine = self.step.engine
+        engine, rows = self.step.engine, min(MOST_ROWS, self._rows_at_once())  # they fit
         return StepReport(
             step=step,
             epsilon=self.spent(step),
             learning_rate=self.step.optimizer.param_groups[0]["lr"],
-            test=evaluate(engine.model, engine.loss_fn, self.data) if due else {},
+            test=evaluate(engine.model, engine.loss_fn, self.data, rows) if due else {},
             private=private,
         )
 
