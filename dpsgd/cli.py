@@ -25,7 +25,7 @@ from rich.console import Console
 from dpsgd import durable, jobs
 from dpsgd.config import config_dir, resolve, typed_settings
 from dpsgd.jobs import EXIT_BAD_INPUT
-from dpsgd.parallel import LostPeer
+from dpsgd.lost_peers import LostPeer
 from dpsgd.run_directory import CONFIG, RunDirectory
 
 EXIT_KILLED = 1

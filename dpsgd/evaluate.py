@@ -17,12 +17,16 @@ from dpsgd.parallel import World
 from dpsgd.placement import Placement
 from dpsgd.precision import autocast_of
 
-_BATCH = 1024
+MOST_ROWS = 1024
 _SCORES = 1 << 24  # the most scores of one batch, where each position has some
 
 
 def evaluate(
-    model: nn.Module, loss_fn: LossFn, data: Dataset, world: World | None = None
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Dataset,
+    rows_at_once: int = MOST_ROWS,
+    world: World | None = None,
 ) -> Mapping[str, float]:
     """Returns the mean test loss and what else the loss is judged by; nothing without a test set.
 
@@ -36,6 +40,7 @@ def evaluate(
         model: The model.
         loss_fn: The loss per sample, or per user.
         data: Where the test records are.
+        rows_at_once: What fits into the memory.
         world: The processes, each of which evaluates a part of the records; all make as many
             passes, since a sharded model needs all of them for each.
     """
@@ -48,7 +53,7 @@ def evaluate(
     world = World() if world is None else world
     losses, total, count = 0.0, 0.0, 0.0
     with _eval_mode(model), torch.no_grad():
-        for rows, counts in _parts(len(x), _rows(data), world):
+        for rows, counts in _parts(len(x), _rows(data, rows_at_once), world):
             batch = place.batch((x[rows], y[rows]))
             with autocast_of(loss_fn, batch):
                 found, added, counted = tally(model, batch)
@@ -81,10 +86,10 @@ def _tally(loss_fn: LossFn, data: Dataset) -> metrics.Tally:
     return metrics.losses_alone(loss_fn) if data.num_classes is None else metrics.hits(loss_fn)
 
 
-def _rows(data: Dataset) -> int:
+def _rows(data: Dataset, most: int) -> int:
     """How many test records are evaluated at once: fewer where each has scores by position."""
     positions = math.prod(data.train[1].shape[1:])
-    return min(_BATCH, max(1, _SCORES // (positions * (data.num_classes or 1))))
+    return min(most, max(1, _SCORES // (positions * (data.num_classes or 1))))
 
 
 def _exp(nats: float) -> float:

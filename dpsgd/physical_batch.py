@@ -25,6 +25,8 @@ _FOUND = "Physical batches have {} rows, found by trial on made-up records."
 _MIB = 2**20
 _SHARE = 0.7
 """Of the host memory that is free, how much a physical batch may take."""
+_RUNNING = 256 * _MIB
+"""Host memory left to threads, logs and checkpoints, which begin after the trials."""
 _RESERVED = 4
 """How often the parameters fit, in float32, into what is left to the optimizer and the noise."""
 
@@ -183,4 +185,4 @@ def _memory(device: torch.device, reserved: int, caught: bool) -> Memory:
         free = float(torch.cuda.mem_get_info(device)[0])
     else:
         free = free_memory(address_space=address_space_limit())
-    return Memory(_SHARE * free - reserved, lambda: (meter.peak() - begun) * _MIB)
+    return Memory(_SHARE * free - reserved - _RUNNING, lambda: (meter.peak() - begun) * _MIB)

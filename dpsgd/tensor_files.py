@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dpsgd import durable
 from dpsgd.engines.sharding import is_sharded
+from dpsgd.lost_peers import lost_peers
 from dpsgd.parallel import Parallel, World
-from dpsgd.parallel.world import lost_peers
 
 _PIECE = 1 << 24
 

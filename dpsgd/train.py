@@ -19,7 +19,8 @@ from dpsgd.components import build
 from dpsgd.config import fixed_key, placement
 from dpsgd.engines.memory import is_out_of_memory
 from dpsgd.following import follow
-from dpsgd.parallel import LostPeer, World, joined
+from dpsgd.lost_peers import LostPeer
+from dpsgd.parallel import World, joined
 from dpsgd.parallel.world import NobodyThere, this_job
 from dpsgd.planning import privacy_plan
 from dpsgd.precision import UPDATES_LOST

@@ -15,7 +15,7 @@ from dpsgd.data import Dataset, Users
 from dpsgd.engines import Batch
 from dpsgd.engines.batch import map_tensors
 from dpsgd.engines.memory import is_out_of_memory
-from dpsgd.evaluate import evaluate
+from dpsgd.evaluate import MOST_ROWS, evaluate
 from dpsgd.ledger import Ledger
 from dpsgd.losses import PerUser
 from dpsgd.placement import Placement
@@ -227,7 +227,10 @@ class Trainer:
     def _report(self, last: int, contributions: list[Contribution], drawn: int) -> StepReport:
         step, parallel, engine = self.step.step, self.step.parallel, self.step.engine
         due = step % self.evaluate_every == 0 or step == last
-        test = evaluate(engine.model, engine.loss_fn, self.data, parallel.world) if due else {}
+        rows = min(MOST_ROWS, self._rows_at_once())  # they fit
+        test: Mapping[str, float] = {}
+        if due:
+            test = evaluate(engine.model, engine.loss_fn, self.data, rows, parallel.world)
         parallel.settle(engine.model)
         told = torch.tensor([*_sums(contributions), self.asked_to_stop()], dtype=torch.float64)
         parallel.world.sum_(told)

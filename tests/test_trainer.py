@@ -108,6 +108,17 @@ def test_evaluation_leaves_the_model_in_train_mode():
     assert trainer.step.engine.model.training
 
 
+def test_evaluation_takes_no_more_rows_than_training():
+    """Who has memory for three rows has it for three rows of the test set."""
+    trainer, _ = worlds.trainer(worlds.vectors, engines.Vmap, torch.float32, physical=3)
+    object.__setattr__(trainer.data, "test", trainer.data.train)
+    rows = []
+    trainer.step.engine.model.register_forward_pre_hook(lambda module, x: rows.append(len(x[0])))
+    (report,) = trainer.run()
+    assert report.test
+    assert max(rows) == 3
+
+
 def test_dropout_is_on_in_training_and_off_in_evaluation():
     modes = []
 

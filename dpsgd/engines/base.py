@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dpsgd.engines.batch import Batch, map_tensors, size_of
 from dpsgd.engines.grads import DenseGrads, PerSampleGrads
 from dpsgd.engines.sharding import is_sharded, reshard
+from dpsgd.lost_peers import lost_peers
 
 LossFn = Callable[[Any, Batch], Tensor]
 """`loss_fn(model, batch) -> losses [B]`: one loss per sample, the unit of privacy."""
@@ -101,7 +102,8 @@ class Engine(ABC):
             if size == 0:
                 grads: PerSampleGrads = _nothing(parameters)
             else:
-                grads = self._compute(map_tensors(_without_history, batch), size, parameters)
+                with lost_peers():
+                    grads = self._compute(map_tensors(_without_history, batch), size, parameters)
             self._latest = weakref.ref(grads)
             return grads
 

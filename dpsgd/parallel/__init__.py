@@ -1,8 +1,9 @@
 """Several processes that train one model: data parallelism, whole or sharded."""
 
+from dpsgd.lost_peers import LostPeer
 from dpsgd.parallel.base import Parallel
 from dpsgd.parallel.replicated import Replicated, ddp, single
-from dpsgd.parallel.world import LostPeer, World, joined
+from dpsgd.parallel.world import World, joined
 
 __all__ = ["LostPeer", "Parallel", "Replicated", "World", "ddp", "fsdp", "joined", "single"]
 

@@ -14,10 +14,11 @@ from torch.distributed.tensor import DTensor, Shard
 from dpsgd.engines import Engine, Ghost
 from dpsgd.engines.grads import Groups, PerSampleGrads
 from dpsgd.engines.sharding import reshard
+from dpsgd.lost_peers import lost_peers
 from dpsgd.models.blocks import blocks_of
 from dpsgd.parallel.base import Parallel, Parameters, check_same, positions
 from dpsgd.parallel.replicated import check_same_weights
-from dpsgd.parallel.world import World, lost_peers
+from dpsgd.parallel.world import World
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 

@@ -14,15 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpsgd.lost_peers import lost_peers
+
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for one that is alive and silent; a dead one is noticed at once."""
-
-_GONE = (
-    "A process of this job has ended or cannot be reached, so the others cannot go on. torchrun "
-    "says which one it was."
-)
 
 
 @dataclass(frozen=True)
@@ -164,27 +161,6 @@ def launched() -> bool:
 def local_rank() -> int:
     """Returns the number of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-@contextmanager
-def lost_peers() -> Iterator[None]:
-    """Turns the errors of a broken connection into one that says what happened.
-
-    Raises:
-        LostPeer: If a process of the job is gone.
-    """
-    try:
-        yield
-    except (dist.DistError, RuntimeError) as error:
-        if isinstance(error, LostPeer):
-            raise
-        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
-            raise LostPeer(_GONE) from error
-        raise
-
-
-class LostPeer(RuntimeError):
-    """Another process of the job is gone."""
 
 
 class NobodyThere(RuntimeError):

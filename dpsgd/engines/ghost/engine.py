@@ -30,6 +30,7 @@ from dpsgd.engines.ghost.taped import TapedGrads
 from dpsgd.engines.graph import leaves
 from dpsgd.engines.probe import RandomState
 from dpsgd.engines.sharding import Names
+from dpsgd.lost_peers import is_lost_peer
 
 
 class Ghost(Engine):
@@ -127,6 +128,8 @@ class Ghost(Engine):
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError, IndexError) as error:
+                if names.sharded and is_lost_peer(error):
+                    raise
                 if isinstance(error, IndexError) and not capture.caused(error):
                     raise
                 raise ValueError(self._explained(error, capture)) from error
