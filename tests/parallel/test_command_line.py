@@ -19,6 +19,10 @@ SMALL = (
 )  # fmt: skip
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def weights(run):
     return load_file(run / "model.safetensors")
 
@@ -37,8 +41,10 @@ def lines(run, name="ledger.jsonl"):
 @pytest.mark.parametrize(
     ("way", "processes", "dtype", "tolerance"),
     [
-        ("ddp", 2, "float32", 1e-6), ("ddp", 4, "float64", 1e-12), ("ddp", 1, "float64", 1e-12),
-        ("fsdp", 2, "float64", 1e-12), ("fsdp", 4, "float32", 1e-6), ("fsdp", 1, "float64", 1e-12),
+        ("ddp", 2, "float32", 1e-6), slow("ddp", 4, "float64", 1e-12),
+        slow("ddp", 1, "float64", 1e-12), slow("fsdp", 2, "float64", 1e-12),
+        ("fsdp", 4, "float64", 1e-12), slow("fsdp", 4, "float32", 1e-6),
+        slow("fsdp", 1, "float64", 1e-12),
     ],
 )  # fmt: skip
 def test_several_processes_train_what_one_trains(way, processes, dtype, tolerance, tmp_path):
@@ -60,10 +66,11 @@ def test_several_processes_train_what_one_trains(way, processes, dtype, toleranc
 @pytest.mark.parametrize(
     "extra",
     [
-        ("engine=vmap",), ("engine=hooks",), ("engine=loop", "trainer.num_steps=2"),
-        ("engine=opacus",), ("clipping=adaptive",), ("clipping=per_layer", "optimizer=adam"),
-        ("sampler=truncated_poisson", "sampler.max_batch_size=80"),
-        ("sampler=shuffled", "privacy.adjacency=replace_one"),
+        ("engine=vmap", "clipping=adaptive"), slow(("engine=hooks",)),
+        slow(("engine=loop", "trainer.num_steps=2")), slow(("engine=opacus",)),
+        slow(("clipping=per_layer", "optimizer=adam")),
+        slow(("sampler=truncated_poisson", "sampler.max_batch_size=80")),
+        slow(("sampler=shuffled", "privacy.adjacency=replace_one")),
     ],
 )  # fmt: skip
 def test_every_engine_policy_and_sampler_in_two_processes(extra, tmp_path):
@@ -73,7 +80,7 @@ def test_every_engine_policy_and_sampler_in_two_processes(extra, tmp_path):
     assert_same(tmp_path / "all", tmp_path / "one", 1e-12)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", [slow("ddp"), "fsdp"])
 def test_steps_with_fewer_samples_than_processes(way, tmp_path):
     arguments = *SMALL, "dtype=float64", "sampler.sample_rate=0.001", "trainer.num_steps=6"
     command(*arguments, "run.dir=one", "logger.diagnostics=true", cwd=tmp_path)
@@ -87,7 +94,7 @@ def test_steps_with_fewer_samples_than_processes(way, tmp_path):
     assert_same(tmp_path / "all", tmp_path / "one", 1e-12)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", slow("fsdp")])
 def test_diagnostics_are_those_of_all_processes(way, tmp_path):
     arguments = *SMALL, "dtype=float64", "logger.diagnostics=true"
     command(*arguments, "run.dir=one", cwd=tmp_path)
@@ -111,7 +118,7 @@ def under_way(run, steps):
     raise AssertionError("the job did not get to its steps")
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", [slow("ddp"), "fsdp"])
 def test_an_interrupted_job_goes_on_where_it_was(way, tmp_path):
     arguments = *SMALL, f"parallel={way}", "trainer.num_steps=8", "optimizer=adam"
     job(*arguments, "run.dir=whole", processes=2, cwd=tmp_path)
@@ -128,8 +135,9 @@ def test_an_interrupted_job_goes_on_where_it_was(way, tmp_path):
     assert len(lines(tmp_path / "run")) == len(lines(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize(
+    ("way", "dead"), [("ddp", 0), ("fsdp", 1), slow("ddp", 1), slow("fsdp", 0)]
+)
 def test_a_dead_process_ends_the_job_with_one_message_and_one_charge(way, dead, tmp_path):
     arguments = *SMALL, f"parallel={way}", "trainer.num_steps=8", "checkpoint.every=1"
     started = Job(*arguments, "run.dir=run", processes=3, cwd=tmp_path, before=SLOW)
@@ -152,7 +160,7 @@ def test_a_dead_process_ends_the_job_with_one_message_and_one_charge(way, dead, 
     assert json.loads((tmp_path / "run/report.json").read_text())["steps"] == 8
 
 
-@pytest.mark.parametrize("after", [("single", 1), ("ddp", 2), ("fsdp", 3)])
+@pytest.mark.parametrize("after", [("single", 1), slow(("ddp", 2)), slow(("fsdp", 3))])
 def test_a_sharded_run_goes_on_in_another_shape_as_a_new_attempt(after, tmp_path):
     way, processes = after
     arguments = *SMALL, "trainer.num_steps=8", "optimizer=adam"
@@ -169,6 +177,7 @@ def test_a_sharded_run_goes_on_in_another_shape_as_a_new_attempt(after, tmp_path
     assert json.loads((tmp_path / "run/report.json").read_text())["steps"] == 8
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_passed_over(tmp_path):
     arguments = *SMALL, "parallel=fsdp", "checkpoint.every=1"
     started = Job(*arguments, "run.dir=run", processes=2, cwd=tmp_path, before=SLOW)
@@ -232,6 +241,7 @@ def test_without_torchrun_it_says_how_to_start(way, tmp_path):
     assert "torchrun --nproc-per-node=N -m dpsgd.train parallel=ddp" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_straggler_is_waited_for(tmp_path):
     slow = {"before": SLOW.replace("0.3", "2")}
     arguments = *SMALL, "trainer.num_steps=2", "dtype=float64"
