@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-faults test-gpu dependencies mutations audit lint bench digits lm clean
+.PHONY: help train scaling test test-all test-faults test-gpu dependencies mutations audit lint bench digits lm clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ bench: $(STAMP)  ## compare what the engines cost (ARGS="model=mlp bench.batch_s
 
 digits: $(STAMP)  ## the study experiments/digits: accuracy at epsilon 1, 3 and 8 over five seeds
 	$(BIN)/python experiments/digits/run.py
+
+scaling: $(STAMP)  ## the study experiments/scaling: what a step costs on 1, 2 and 4 processes
+	$(BIN)/python experiments/scaling/run.py
 
 lm: $(STAMP)  ## the study experiments/lm: perplexity at epsilon 1, 3 and 8, LoRA and all weights
 	$(BIN)/python experiments/lm/run.py

@@ -156,7 +156,8 @@ class Capture(TorchFunctionMode):
             Split: See there.
             RuntimeError: If a function failed under vmap that may not fail otherwise.
         """
-        if any(tensor._version != version for tensor, version in self.hooked):
+        hooked, self.hooked = self.hooked, []  # whose hooks hold this capture
+        if any(tensor._version != version for tensor, version in hooked):
             raise ValueError(
                 "Expected tensors with hooks on their gradients to stay as they are, but one was "
                 "changed in place afterwards. Change a copy, or use engine=loop."

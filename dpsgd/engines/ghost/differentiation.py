@@ -50,13 +50,13 @@ def _register_hook(
             "Expected no hooks on gradients of parameters, of weights computed from them or inside "
             "torch.func transforms: they would not see per-sample gradients. Use engine=loop."
         )
-    inner = capture.samples.inside(x)
+    inner, axis = capture.samples.inside(x), capture.samples.axis(x)
     capture.hooked.append((inner, inner._version))
 
-    def of_each(g: Tensor) -> Tensor | None:
-        with capture:
-            changed = hook(capture.samples.like(g, x))
-        return None if changed is None else capture.samples.inside_as(changed, x)
+    def of_each(g: Tensor) -> Tensor | None:  # holds no tensor: the graph, which holds it, would
+        with capture:  # never be freed
+            changed = hook(capture.samples.like(g, axis))
+        return None if changed is None else capture.samples.inside_as(changed, axis)
 
     return inner.register_hook(of_each)
 

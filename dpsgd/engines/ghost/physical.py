@@ -56,13 +56,17 @@ class Samples:
         """Returns the very tensor that a sample's tensor stands for, B at any place."""
         return _functorch.get_unwrapped(x)
 
-    def like(self, x: Tensor, sample: Tensor) -> Tensor:
-        """Returns a tensor with B where `inside(sample)` has it, as samples see it."""
-        return _functorch._add_batch_dim(x, int(_functorch.maybe_get_bdim(sample)), self._level)
+    def axis(self, x: Tensor) -> int:
+        """Returns at which place the very tensor that a sample's tensor stands for has B."""
+        return int(_functorch.maybe_get_bdim(x))
 
-    def inside_as(self, x: Tensor, sample: Tensor) -> Tensor:
-        """Returns what samples see as x with B where `inside(sample)` has it."""
-        return self.enter(x).movedim(0, int(_functorch.maybe_get_bdim(sample)))
+    def like(self, x: Tensor, axis: int) -> Tensor:
+        """Returns a tensor with B at some place, as samples see it."""
+        return _functorch._add_batch_dim(x, axis, self._level)
+
+    def inside_as(self, x: Tensor, axis: int) -> Tensor:
+        """Returns what samples see as x with B at some place."""
+        return self.enter(x).movedim(0, axis)
 
     def leave(self, x: Tensor) -> Tensor:
         """Returns a tensor [B, ...] as samples see it."""
