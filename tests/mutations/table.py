@@ -31,6 +31,7 @@ OTHERS = "tests/privacy/test_t3_other_samplers.py::"
 ROUTES = "tests/engines/test_agreement.py::test_every_route_of_the_ghost_engine_agrees"
 RESUMING = "tests/test_resuming.py::"
 T8 = "tests/privacy/test_t8_leaks.py::"
+STEPS = "tests/parallel/test_steps.py::"
 
 NOISE = "flat[place : place + len(noise)].add_(noise.to(flat), alpha=std)"
 HOSTILE = T1 + "test_a_hostile_vector_moves_the_release_by_at_most_c[{}-float32]"
@@ -379,5 +380,41 @@ MUTATIONS = [
         "        destroy_key(self.private / KEY)\n",
         "        pass\n",
         "tests/test_train.py::test_private_things_are_in_the_locked_drawer_only",
+    ),
+    Mutation(
+        "processes average their sums",
+        "parallel/world.py",
+        "                dist.all_reduce(tensor)\n",
+        "                dist.all_reduce(tensor)\n                tensor.div_(self.size)\n",
+        STEPS + "test_weights_are_those_of_one_process[blocks-ddp]",
+    ),
+    Mutation(
+        "every process takes the whole draw",
+        "parallel/base.py",
+        "return drawn[self.world.rank :: self.world.size]",
+        "return drawn",
+        "tests/parallel/test_command_line.py::test_several_processes_train_what_one_trains"
+        "[ddp-2-float32-1e-06]",
+    ),
+    Mutation(
+        "every part of a parameter gets the noise of the first",
+        "parallel/sharded.py",
+        "offsets[name] = places[name] + part.first * _row_size(p)",
+        "offsets[name] = places[name]",
+        STEPS + "test_each_process_draws_the_noise_of_its_part_alone",
+    ),
+    Mutation(
+        "names of parameters are known from before the forward pass alone",
+        "engines/sharding.py",
+        "if self.sharded and any(id(leaf) not in self._known for leaf in leaves(weight)):",
+        "if False:",
+        STEPS + "test_a_sharded_model_has_the_norms_of_the_whole_one[blocks]",
+    ),
+    Mutation(
+        "processes may have noise of their own",
+        "private_step.py",
+        '"key of the noise": self.noise.name,',
+        '"key of the noise": "",',
+        STEPS + "test_what_cannot_work_is_refused_on_every_process[key]",
     ),
 ]
