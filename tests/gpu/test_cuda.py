@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
+from cases import CASES, refusal
 from command_line import command
 from jobs import job
 from safetensors.torch import load_file
@@ -26,7 +26,7 @@ DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 ENGINES = [engines.Ghost, engines.Hooks, engines.Vmap]
 KEY = "ab" * 32
 SMALL = (
-    "model=mlp", "model.widths=[16]", f"device={DEVICE}", "sampler.sample_rate=0.05",
+    "model=mlp", f"device={DEVICE}", "sampler.sample_rate=0.05",
     "trainer.num_steps=5", "trainer.physical_batch_size=16", "privacy.noise_multiplier=1",
     f"privacy.key={KEY}", "dtype=float64",
 )  # fmt: skip
@@ -52,7 +52,10 @@ def images(size=12, dtype=torch.float64):
     return there((torch.randn(size, 1, 8, 8), torch.randint(10, (size,))), dtype)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+EXACT = [case for case in CASES if not refusal(case.name, "ghost", torch.float64)]
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
 def test_the_ghost_engine_agrees_with_the_loop(case):
     model, loss, batch = case.build(torch.float64)
     model, batch = model.to(DEVICE), there(batch)
