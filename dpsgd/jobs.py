@@ -153,7 +153,7 @@ def _folder(sweep: str | Path) -> Path:
 
 def _record(sweep: Path, outcome: Outcome) -> None:
     folder = _folder(sweep)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # words of a crash may hold anything
     text = json.dumps(asdict(outcome))
     durable.write(folder / f"{outcome.number}.json", text.encode())
 

@@ -34,7 +34,11 @@ def privacy_plan(
         raise ValueError(f"Expected sampler to be a Sampler, got {type(sampler).__name__}.")
     num_steps, epochs = config.trainer.num_steps, config.trainer.epochs
     if (num_steps is None) == (epochs is None):
-        raise ValueError("Expected either trainer.num_steps or trainer.epochs.")
+        got = "neither" if num_steps is None else "both"
+        raise ValueError(
+            f"Expected either trainer.num_steps or trainer.epochs, got {got}. Set one of them, "
+            "trainer.num_steps=60 for example."
+        )
     privacy = config.privacy
     if solve not in (None, "num_steps", "sample_rate"):
         raise ValueError(f"Expected account.solve to be num_steps or sample_rate, got '{solve}'.")

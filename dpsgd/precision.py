@@ -66,10 +66,10 @@ def with_autocast(
     """
     if autocast is None:
         return loss_fn
-    if autocast == "float16":
+    if autocast in ("float16", "fp16", "half"):
         raise ValueError(
-            "Expected autocast=bfloat16 or null, got 'float16': its small range would need losses "
-            "to be scaled. Use autocast=bfloat16."
+            f"Expected autocast=bfloat16 or null, got '{autocast}': its small range would need "
+            "losses to be scaled. Use autocast=bfloat16."
         )
     if autocast != "bfloat16":
         raise ValueError(f"Expected autocast=bfloat16 or null, got '{autocast}'.")

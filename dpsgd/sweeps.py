@@ -148,7 +148,8 @@ def summarise(
     if not all(report["private"] for report in reports if report is not None):
         caption = f"[bold red]NOT PRIVATE[/], not all of it. {caption}"
     console.print(_table(rows, winner, caption))
-    console.print(f"Reports: {folder}/*/{PAGE}, and {folder / SWEEP}", soft_wrap=True)
+    pages = f"{folder}/*/{PAGE}, and " if any(r is not None for r in reports) else ""
+    console.print(f"Reports: {pages}{folder / SWEEP}", soft_wrap=True)
 
 
 def _in_order(run: str) -> tuple[int, str]:

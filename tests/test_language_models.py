@@ -135,7 +135,7 @@ def test_a_classifier_of_images_is_judged_by_accuracy(tmp_path):
     [
         (["model.type=null"], "model.path=DIRECTORY"),
         (["model.config={n_layers: 1}"], "Did you mean n_layer"),
-        (["model.lora={target_modules: [q_proj]}"], "got 'q_proj'. It has"),
+        (["model.lora={target_modules: [q_proj]}"], "got 'q_proj'. The model has"),
         (["model.path=nowhere"], "Nothing is downloaded"),
         (["loss=cross_entropy"], "Move the classes to dimension 1"),
         (["data=digits"], "a vocab_size, token ids"),

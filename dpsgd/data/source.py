@@ -70,6 +70,10 @@ class Source:
         """
         try:
             return self._load(datasets, scratch)
+        except datasets.exceptions.DatasetGenerationError as error:  # its cause may quote a record
+            raise ValueError(
+                f"Expected readable records in '{self.path}', got {_trouble(error)}."
+            ) from error
         except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"Expected data at '{self.path}', a local file or folder or a name on the Hugging "
@@ -123,3 +127,13 @@ def library() -> ModuleType:
     datasets.disable_progress_bars()  # they tell how many records there are
     datasets.logging.set_verbosity(logging.CRITICAL)
     return datasets
+
+
+def _trouble(error: BaseException) -> str:
+    """What is wrong with a file, in words that quote nothing of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UnicodeDecodeError):
+            return "a file that is not UTF-8: convert it with iconv"
+        cause = cause.__cause__ or cause.__context__
+    return "a file that is empty, or not of the kind that its name ends in"

@@ -20,7 +20,7 @@ from torch import Tensor
 from dpsgd import rng
 from dpsgd.data.base import Dataset
 from dpsgd.data.grammar import Grammar
-from dpsgd.data.schema import Records
+from dpsgd.data.schema import Records, Schema
 from dpsgd.losses import IGNORED
 
 PADDING, BEGIN, END = "<pad>", "<s>", "</s>"
@@ -111,6 +111,7 @@ def stories(
             f"Expected num_train >= 1 and num_test >= 0, got {num_train} and {num_test}."
         )
     least, words = grammar(dialect).longest + 1, len(vocabulary())
+    Schema(input_shape)
     if len(input_shape) != 1 or input_shape[0] < least:
         raise ValueError(f"Expected input_shape [T] with T >= {least}, got {list(input_shape)}.")
     if min(vocab_size, num_classes) < words:

@@ -11,7 +11,7 @@ import torch
 
 from dpsgd.data.base import Dataset
 from dpsgd.data.columns import Table
-from dpsgd.data.schema import Records
+from dpsgd.data.schema import Records, Schema
 from dpsgd.data.source import Source, library
 from dpsgd.losses import IGNORED
 
@@ -64,7 +64,8 @@ def text(
         ValueError: If a library is not installed, the data or the tokenizer cannot be read, there
             is no such split or column, or the records do not match the declarations.
     """
-    if len(input_shape) != 1 or not isinstance(input_shape[0], int) or input_shape[0] < 2:
+    Schema(input_shape)
+    if len(input_shape) != 1 or input_shape[0] < 2:
         raise ValueError(f"Expected input_shape [T] with T >= 2, got {list(input_shape)}.")
     source = Source(
         str(path), subset, train_split, test_split, None if test_path is None else str(test_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from dpsgd.models.arguments import positive
@@ -76,10 +77,13 @@ def huggingface(
         if "num_labels" in declared:
             settings.num_labels = declared["num_labels"]
     _check_sizes(settings, input_shape, vocab_size)
+    _suit(settings, head)
     auto = getattr(library, _HEADS[head])
     model = _new(auto, settings, head) if path is None else _stored(auto, settings, path, head)
     if "use_cache" in _fields(settings):
         model.config.use_cache = False
+    if head == "causal_lm":
+        _check_causal(model, settings.model_type)
     return (model if adapters is None else with_adapters(model, adapters, head)).train()
 
 
@@ -184,6 +188,42 @@ def _check_sizes(settings: Any, input_shape: Sequence[int], vocab_size: int | No
         raise ValueError(
             f"Expected a model with at least {input_shape[0]} positions, the length of "
             f"data.input_shape, got {positions}. Use shorter sequences."
+        )
+
+
+def _suit(settings: Any, head: str) -> None:
+    """Makes a decoder of what is an encoder by default; a classifier needs to know its padding."""
+    fields = settings.to_dict()
+    if head == "causal_lm" and fields.get("is_decoder") is False:
+        settings.is_decoder = True
+    if head == "sequence_classification" and fields.get("pad_token_id", 0) is None:
+        raise ValueError(
+            f"Expected a {settings.model_type} classifier to know which token is padding, so that "
+            "it finds the last one that is none. Set +model.config.pad_token_id=NUMBER."
+        )
+
+
+def _check_causal(model: Any, kind: str) -> None:
+    """Raises for a model whose predictions see what they predict.
+
+    Raises:
+        ValueError: If the last token has an influence on the scores before it.
+    """
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    ids[1, -1] = 1
+    state = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            one, other = model.eval()(input_ids=ids).logits[:, :-1].double()
+    except Exception as error:
+        raise _refused(f"next-token predictions with a {kind}", error) from error
+    finally:
+        torch.set_rng_state(state)
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max())):
+        raise ValueError(
+            f"Expected a causal model for head=causal_lm, got a {kind} whose predictions see the "
+            "tokens that they predict: its perplexity would mean nothing. Choose a decoder, gpt2 "
+            "or llama for example."
         )
 
 

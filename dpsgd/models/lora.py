@@ -105,12 +105,13 @@ def with_adapters(model: nn.Module, lora: Lora, head: str) -> nn.Module:
 
 
 def _check_targets(model: nn.Module, names: Sequence[str]) -> None:
-    paths = [path for path, _ in model.named_modules()]
+    suitable, paths = _suitable(model), [path for path, _ in model.named_modules()]
     for name in names:
-        if not any(path == name or path.endswith(f".{name}") for path in paths):
+        there = any(path == name or path.endswith(f".{name}") for path in paths)
+        if not there or name.rpartition(".")[2] not in suitable:
             raise ValueError(
-                f"Expected lora.target_modules to be modules of the model, got '{name}'. It has "
-                f"{', '.join(_suitable(model))}."
+                "Expected lora.target_modules to be modules with a weight matrix, got "
+                f"'{name}'. The model has {', '.join(suitable)}."
             )
 
 

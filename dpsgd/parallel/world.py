@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,11 +144,19 @@ def joined() -> Iterator[World]:
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise NobodyThere(f"Cannot join the job of {size} processes: {error}") from error
+    threading.Thread(target=_stop_without_launcher, args=(os.getppid(),), daemon=True).start()
     try:
         yield World(rank, size, store)
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _stop_without_launcher(launcher: int) -> None:
+    """Stops this process, as SIGTERM does, once the one that started it is gone."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def this_job() -> World:

@@ -182,8 +182,11 @@ def test_which_models_are_hugging_faces():
         ({"lora": {"dropout": 1.0}}, "0 <= lora.dropout < 1"),
         ({"lora": {"alpha": 0}}, "lora.alpha > 0"),
         ({"lora": {"target_modules": "c_attn"}}, "a list of module names, got 'c_attn'"),
-        ({"lora": {"target_modules": ["q_proj"]}}, "got 'q_proj'. It has .*c_attn, c_proj, c_fc"),
-        ({"lora": {"target_modules": ["ln_1"]}}, "not supported.*Set lora.target_modules to some"),
+        (
+            {"lora": {"target_modules": ["q_proj"]}},
+            "got 'q_proj'. The model has .*c_attn, c_proj, c_fc",
+        ),
+        ({"lora": {"target_modules": ["ln_1"]}}, "modules with a weight matrix"),
     ],
 )
 def test_mistakes_are_explained(options, words):
@@ -233,3 +236,27 @@ def test_without_the_libraries(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=rf"Expected the {name} .*pip install 'dpsgd\[hf\]'"):
         lm(lora=LORA)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
+def test_what_is_an_encoder_by_default_predicts_without_seeing_ahead(kind):
+    model = huggingface("causal_lm", [8], 30, 30, type=kind, config={"num_hidden_layers": 1})
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    ids[1, 5:] = 3
+    with torch.no_grad():
+        one, other = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(one[:5], other[:5])
+    assert (one[5:] - other[5:]).abs().max() > 1e-3
+
+
+def test_a_model_that_sees_what_it_predicts_is_refused(monkeypatch):
+    from dpsgd.models import hf
+
+    monkeypatch.setattr(hf, "_suit", lambda settings, head: None)
+    with pytest.raises(ValueError, match="see the tokens that they predict"):
+        huggingface("causal_lm", [8], 30, 30, type="bert", config={"num_hidden_layers": 1})
+
+
+def test_a_classifier_without_padding_is_refused():
+    with pytest.raises(ValueError, match="model.config.pad_token_id=NUMBER"):
+        huggingface("sequence_classification", [8], 3, 30, type="gpt2", config={"n_layer": 1})
