@@ -258,5 +258,5 @@ def test_a_model_that_sees_what_it_predicts_is_refused(monkeypatch):
 
 
 def test_a_classifier_without_padding_is_refused():
-    with pytest.raises(ValueError, match="model.config.pad_token_id=NUMBER"):
+    with pytest.raises(ValueError, match=r"model\.config\.pad_token_id=NUMBER"):
         huggingface("sequence_classification", [8], 3, 30, type="gpt2", config={"n_layer": 1})
