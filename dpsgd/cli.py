@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +29,7 @@ from dpsgd.jobs import EXIT_BAD_INPUT
 from dpsgd.lost_peers import LostPeer
 from dpsgd.run_directory import CONFIG, RunDirectory
 
-EXIT_KILLED = 1
+EXIT_CRASHED = 1
 EXIT_INTERRUPTED = 130
 
 _KILLED = (
@@ -86,8 +87,12 @@ def run(
             task(resolve(config, overrides))
         except BrokenPipeError:
             raise
-        except _EXPECTED as error:  # here, before Hydra prints the overrides with the key
-            fail(error)
+        except Exception as error:  # here, before Hydra prints the overrides with the key
+            if isinstance(error, _EXPECTED) and not _debugging():
+                fail(error)
+            speaks()  # for the others this is said
+            traceback.print_exc()
+            sys.exit(EXIT_CRASHED)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
@@ -101,7 +106,7 @@ def run(
         if type(error).__name__ != "TerminatedWorkerError":  # of joblib
             raise
         print(f"Error: {_KILLED}", file=sys.stderr)
-        sys.exit(EXIT_KILLED)
+        sys.exit(EXIT_CRASHED)
     except KeyboardInterrupt:
         if speaks():
             print("Interrupted.", file=sys.stderr)
@@ -171,10 +176,13 @@ def _quoted(argument: str) -> str:
 
 def _in_words(error: Exception, config_name: str) -> str:
     """What is wrong with the input; raises the error if it is another one, or with debug=true."""
-    debug = any(re.fullmatch(r"\+?debug=(true|1|yes|on)", arg, re.I) for arg in sys.argv[1:])
-    if debug or not isinstance(error, _EXPECTED):
+    if _debugging() or not isinstance(error, _EXPECTED):
         raise error
     return _explain(error, config_name)
+
+
+def _debugging() -> bool:
+    return any(re.fullmatch(r"\+?debug=(true|1|yes|on)", arg, re.I) for arg in sys.argv[1:])
 
 
 def _redact_sweep(config: DictConfig) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpsgd.clipping import Clipping
 from dpsgd.engines import Batch, Engine
+from dpsgd.engines.batch import size_of
 from dpsgd.noise import Gaussian
 from dpsgd.parallel import Parallel, single
 from dpsgd.schedules import CONSTANT, Schedule
@@ -83,7 +86,7 @@ class PrivateStep:
         num_steps: int | None = None,
         parallel: Parallel | None = None,
     ) -> None:
-        parallel = single() if parallel is None else parallel
+        parallel = _alone() if parallel is None else parallel
         for part, kind in (
             (engine, Engine),
             (clipping, Clipping),
@@ -99,6 +102,7 @@ class PrivateStep:
                 f"Expected a finite expected_batch_size > 0, got {expected_batch_size}."
             )
         _check_optimizer(optimizer, engine)
+        parallel.claim()
         parallel.check(engine)
         self.engine = engine
         self.optimizer = optimizer
@@ -110,6 +114,8 @@ class PrivateStep:
         self.num_steps = num_steps
         self.parallel = parallel
         self.step = 0
+        self._passes = 0
+        self._owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._statistic: Tensor | None = None
         parallel.world.agree(self._figures(), "figures of the private step")
 
@@ -148,6 +154,8 @@ class PrivateStep:
                 self.optimizer.zero_grad(set_to_none=True)
             _check_no_batch_statistics(self.engine.model)
             parameters = self.engine.parameters
+            if self.parallel.even:
+                self._check_pass(batch)
             grads = self.engine(batch)
             clipping = self.clipping.at(self.step)
             groups = clipping.groups(list(parameters))
@@ -171,7 +179,8 @@ class PrivateStep:
         self._check_budget()
         parameters = self.engine.parameters
         statistic = self._statistic
-        self._statistic = None
+        self._statistic, self._passes = None, 0
+        self._check_together(parameters)
         if not self.parallel.pending:
             self.optimizer.zero_grad(set_to_none=True)
         sums, offsets = self.parallel.total(parameters)
@@ -188,6 +197,37 @@ class PrivateStep:
         for name, p in parameters.items():
             p.grad = self.parallel.gradient(p, sums[name].div_(self.expected_batch_size))
         self.optimizer.step()
+
+    def _check_pass(self, batch: Batch) -> None:
+        """Raises unless all processes begin the same physical batch, and have rows."""
+        rows = size_of(batch)
+        place = {"which call it is": 1, "step": self.step, "physical batch": self._passes}
+        self.parallel.world.lockstep({**place, "whether there are rows": int(rows > 0)})
+        self._passes += 1
+        if not rows:
+            raise ValueError(
+                "Expected rows in every physical batch of a sharded model, got none. Where there "
+                "is nothing, give one row of anything with mask 0."
+            )
+
+    def _check_together(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Raises unless all processes release the same step of the same parameters.
+
+        Nothing is left of the sums then, and no noise has been spent.
+        """
+        try:
+            if not {id(p) for p in parameters.values()} <= self._owned:
+                raise ValueError(
+                    "Expected the parameters that the optimizer has, but the model has others by "
+                    "now (sharded or replaced since). Make optimizer and step after that."
+                )
+            words = f"{list(parameters)} {self.clipping}".encode()
+            digest = int.from_bytes(hashlib.sha256(words).digest()[:7], "big")
+            place = {"which call it is": 2, "step": self.step}
+            self.parallel.world.lockstep({**place, "trainable parameters or clipping": digest})
+        except BaseException:
+            self.discard()
+            raise
 
     def _statistic_of_all(
         self, clipping: Clipping, own: Tensor | None, parameters: Mapping[str, nn.Parameter]
@@ -211,6 +251,7 @@ class PrivateStep:
             "noise_schedule": self.noise_schedule,
             "expected_batch_size": self.expected_batch_size,
             "num_steps": self.num_steps,
+            "step": self.step,
             "optimizer": self.optimizer,
             "trainable parameters": {n: list(p.shape) for n, p in self.engine.parameters.items()},
         }
@@ -269,7 +310,18 @@ class PrivateStep:
     def discard(self) -> None:
         """Forgets what has been accumulated since the last release. No noise is spent."""
         self.parallel.discard()
-        self._statistic = None
+        self._statistic, self._passes = None, 0
+
+
+def _alone() -> Parallel:
+    """The way of one process, if this is the only one: others would get the same noise."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"Expected parallel=dpsgd.parallel.ddp() or fsdp() in a job of {dist.get_world_size()} "
+            "processes: each would release sums of its own, with the same noise if they share a "
+            "key. Say parallel=dpsgd.parallel.single() if it is meant."
+        )
+    return single()
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:

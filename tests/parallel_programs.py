@@ -285,7 +285,57 @@ def _splits(world):
     Ghost(sharded("blocks"), split)(batch_of())
 
 
+def _no_parallel(world):
+    private_step(model_of("blocks"), None)
+
+
+def _used_twice(world):
+    way = parallel.ddp()
+    private_step(model_of("blocks"), way)
+    private_step(model_of("blocks"), way)
+
+
+def _another_step(world):
+    step = private_step(model_of("blocks"), parallel.ddp())
+    step.step += world.rank
+    step(batch_of())
+
+
+def _frozen_on_one(world):
+    model = model_of("blocks")
+    step = private_step(model, parallel.ddp())
+    model[0 if world.rank else 2].bias.requires_grad_(False)
+    step(batch_of())
+
+
+def _a_pass_less(world):
+    step = private_step(sharded("blocks"), parallel.fsdp())
+    for number in range(2):
+        if world.rank or number:
+            step.accumulate(batch_of(number))
+        step.release()
+
+
+def _no_rows(world):
+    step = private_step(sharded("blocks"), parallel.fsdp())
+    step.accumulate(tuple(x[: world.rank] for x in batch_of()))
+
+
+def _ddp_of_shards(world):
+    private_step(sharded("blocks"), parallel.ddp())
+
+
+def _sharded_later(world):
+    model = model_of("blocks")
+    step = private_step(model, parallel.ddp())
+    fully_shard(model)
+    step.release()
+
+
 REFUSED = {
+    "no parallel": _no_parallel, "used twice": _used_twice, "another step": _another_step,
+    "frozen on one": _frozen_on_one, "a pass less": _a_pass_less, "no rows": _no_rows,
+    "ddp of shards": _ddp_of_shards, "sharded later": _sharded_later,
     "key": _other_key, "weights": _other_weights, "clipping": _other_clipping,
     "engine": _other_engine, "engine alone": _engine_alone, "not sharded": _not_sharded,
     "uncaptured": _uncaptured, "splits": _splits,

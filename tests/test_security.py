@@ -72,3 +72,15 @@ def test_the_scan_sees_what_it_looks_for(text):
 
 def test_the_package_is_all_there():
     assert len(SOURCES) > 100
+
+
+@pytest.mark.parametrize("debug", ["false", "true"])
+@pytest.mark.parametrize("error", ["RuntimeError('odd')", "KeyError('odd')", "ValueError('odd')"])
+def test_a_crash_does_not_print_the_key(error, debug, tmp_path):
+    """Hydra prints the overrides when an error passes through it."""
+    key = "cd" * 32
+    before = f"from dpsgd import train\ndef crash(*_): raise {error}\ntrain.prepare = crash"
+    done = command(f"privacy.key={key}", f"debug={debug}", cwd=tmp_path, before=before, check=False)
+    assert done.returncode
+    assert "odd" in done.stderr
+    assert key not in done.stderr + done.stdout

@@ -36,6 +36,20 @@ class Parallel(ABC):
     def __init__(self, world: World) -> None:
         self.world = world
         self.mesh: Any = None
+        self._claimed = False
+
+    def claim(self) -> None:
+        """Makes this the way of one `PrivateStep`.
+
+        Raises:
+            ValueError: If it is that of another one, whose sums it would mix with.
+        """
+        if self._claimed:
+            raise ValueError(
+                "Expected one way of parallelism for each PrivateStep, got one that another step "
+                "has. Make a new one, dpsgd.parallel.ddp() for example."
+            )
+        self._claimed = True
 
     def share(self, drawn: Tensor) -> Tensor:
         """Returns this process's share of the units of a step.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dpsgd.engines import Engine
 from dpsgd.engines.flat import Flat
 from dpsgd.engines.grads import Groups, PerSampleGrads
+from dpsgd.engines.sharding import is_sharded
 from dpsgd.parallel.base import Parallel, Parameters, check_same, positions
 from dpsgd.parallel.world import World
 
@@ -30,7 +31,11 @@ class Replicated(Parallel):
         """Leaves the model as it is."""
 
     def check(self, engine: Engine) -> None:
-        """Raises unless all processes hold the same weights."""
+        """Raises unless all processes hold the same weights, all of them."""
+        if is_sharded(engine.parameters):
+            raise ValueError(
+                "Expected parallel=dpsgd.parallel.fsdp() for a model that FSDP2 has sharded."
+            )
         check_same_weights(self.world, engine.model)
 
     @property
@@ -99,7 +104,7 @@ def ddp() -> Replicated:
 
 
 def check_same_weights(world: World, model: nn.Module) -> None:
-    """Raises unless all processes hold the same parameters and buffers.
+    """Raises unless all processes hold the same parameters and buffers, sharded ones left out.
 
     Raises:
         ValueError: Naming those that differ.
@@ -110,7 +115,8 @@ def check_same_weights(world: World, model: nn.Module) -> None:
 
 def _digests(model: nn.Module) -> dict[str, str]:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: f"{_digest(x)} {list(x.shape)} {x.dtype}" for name, x in tensors.items()}
+    whole = {name: x for name, x in tensors.items() if not is_sharded({name: x})}
+    return {name: f"{_digest(x)} {list(x.shape)} {x.dtype}" for name, x in whole.items()}
 
 
 def _digest(tensor: Tensor) -> str:

@@ -71,12 +71,14 @@ class Sharded(Parallel):
         """Raises unless every trainable parameter is sharded by rows over all processes."""
         _check_engine(engine)
         wrong = [n for n, p in engine.parameters.items() if not _by_rows(p, self.world.size)]
-        if wrong:
+        if wrong or not isinstance(engine.model, FSDPModule):
             raise ValueError(
                 f"Expected parameters sharded by rows over all {self.world.size} processes, got "
-                f"others in {wrong}. Apply torch.distributed.fsdp.fully_shard(model) to the whole "
-                "model, over one mesh of one dimension."
+                f"others in {wrong or 'the outermost module'}. Apply "
+                "torch.distributed.fsdp.fully_shard(model) to the whole model, over one mesh of "
+                "one dimension."
             )
+        check_same_weights(self.world, engine.model)
         self._units = list(_units(engine.model, engine.parameters))
         self.mesh = next(
             p for p in engine.parameters.values() if isinstance(p, DTensor)
@@ -196,7 +198,11 @@ def _row_size(p: Tensor) -> int:
 
 def _part_of(p: Tensor, world: World) -> _Part:
     """Which rows of a parameter this process holds: as `torch.chunk` cuts them."""
-    assert isinstance(p, DTensor)
+    if not isinstance(p, DTensor):
+        raise ValueError(
+            "Expected a sharded model, but FSDP2 has left it whole, as an error in a forward pass "
+            "does. Build model and step anew."
+        )
     rows = -(-p.shape[0] // world.size)
     first = min(world.rank * rows, p.shape[0])
     shape = p.to_local().shape

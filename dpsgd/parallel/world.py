@@ -25,6 +25,9 @@ PATIENCE = timedelta(minutes=10)
 """How long a process waits for one that is alive and silent; a dead one is noticed at once."""
 
 
+_NUMBERS = 4
+
+
 @dataclass(frozen=True)
 class World:
     """The processes that train one model together, or the only one.
@@ -107,6 +110,31 @@ class World:
                 f"Expected the same {what} in all {self.size} processes, got\n" + "\n".join(lines)
             )
 
+    def lockstep(self, place: Mapping[str, int]) -> None:
+        """Raises unless all processes are at the same place: one message of a few numbers.
+
+        Args:
+            place: What must be the same, at most four whole numbers below 2^62 by name.
+
+        Raises:
+            ValueError: On every process, naming what is not the same.
+        """
+        if self.size == 1:
+            return
+        numbers = [*place.values(), *[0] * (_NUMBERS - len(place))]  # of one length for all calls
+        own = torch.tensor(numbers)
+        ends = torch.cat([own, -own]).to(_device())
+        with lost_peers():
+            dist.all_reduce(ends, dist.ReduceOp.MAX)
+        most, least = ends.cpu().chunk(2)
+        wrong = [name for name, differs in zip(place, most != -least, strict=False) if differs]
+        if wrong:
+            raise ValueError(
+                f"Expected all {self.size} processes at the same place of the same step, but they "
+                f"differ in: {', '.join(wrong)}. Call accumulate() and release() alike on each; "
+                "of this step nothing is released."
+            )
+
     def first_to_fail(self) -> bool:
         """Whether no other process has asked this before: one message for one failure.
 
@@ -157,6 +185,11 @@ def _stop_without_launcher(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _device() -> torch.device:
+    """Where small messages are: on the CPU, unless the group carries tensors of GPUs alone."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def this_job() -> World:

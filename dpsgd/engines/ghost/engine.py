@@ -132,6 +132,8 @@ class Ghost(Engine):
                     raise
                 if isinstance(error, IndexError) and not capture.caused(error):
                     raise
+                if names.sharded and "DTensor" in str(error):
+                    raise ValueError(_OUTSIDE.format(_place(error, self.model))) from error
                 raise ValueError(self._explained(error, capture)) from error
             return capture.samples.leave(physical.detach())
 
@@ -153,6 +155,10 @@ class Ghost(Engine):
         )
 
 
+_OUTSIDE = (
+    "engine=ghost met a part of a parameter that FSDP2 has not gathered{}: it is used outside of "
+    "the unit that it belongs to. Shard that module together with its user, or use parallel=ddp."
+)
 _MASKS = (
     "Instead of x[mask] = value write x.masked_fill(mask, value) or torch.where; instead of "
     "x[mask] in a loss weigh the positions, (x * mask).sum(1), or use ignore_index; engine=hooks "
