@@ -279,7 +279,7 @@ def test_no_key_is_in_any_file_but_its_own(tmp_path):
 
 def test_an_interrupted_choice_among_runs_leaves_no_key(tmp_path):
     stop = "import os, signal; from dpsgd.trainer import Trainer; " \
-        "Trainer._take = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {}"  # fmt: skip
+        "Trainer._take = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or ([], 0)"  # fmt: skip
     words = ["sweep=random_stopping", "sweep.over={optimizer.lr:[0.1,0.2]}", "sweep.mean=3"]
     done = command(*FRESH, *words, cwd=tmp_path, before=stop, check=False)
     assert done.returncode == 130, done.stderr
