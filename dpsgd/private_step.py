@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpsgd.clipping import Clipping
 from dpsgd.engines import Batch, Engine
 from dpsgd.engines.batch import size_of
 from dpsgd.noise import Gaussian
-from dpsgd.parallel import Parallel, single
+from dpsgd.parallel import Parallel
 from dpsgd.schedules import CONSTANT, Schedule
+from dpsgd.step_checks import alone, check_no_batch_statistics, check_optimizer, mask_column
+from dpsgd.step_state import alike, kind_of, load_optimizer, tensors_of
 
 _STATISTIC = "(clipping statistic)"
 
@@ -86,7 +86,7 @@ class PrivateStep:
         num_steps: int | None = None,
         parallel: Parallel | None = None,
     ) -> None:
-        parallel = _alone() if parallel is None else parallel
+        parallel = alone() if parallel is None else parallel
         for part, kind in (
             (engine, Engine),
             (clipping, Clipping),
@@ -101,7 +101,7 @@ class PrivateStep:
             raise ValueError(
                 f"Expected a finite expected_batch_size > 0, got {expected_batch_size}."
             )
-        _check_optimizer(optimizer, engine)
+        check_optimizer(optimizer, engine)
         parallel.claim()
         parallel.check(engine)
         self.engine = engine
@@ -152,7 +152,7 @@ class PrivateStep:
         try:
             if not self.parallel.pending:  # the last gradients need not outlive the forward pass
                 self.optimizer.zero_grad(set_to_none=True)
-            _check_no_batch_statistics(self.engine.model)
+            check_no_batch_statistics(self.engine.model)
             parameters = self.engine.parameters
             if self.parallel.even:
                 self._check_pass(batch)
@@ -160,7 +160,7 @@ class PrivateStep:
             clipping = self.clipping.at(self.step)
             groups = clipping.groups(list(parameters))
             norms = grads.norms(groups)
-            counted = _column(mask, norms)
+            counted = mask_column(mask, norms)
             weights = clipping(norms) * counted
             statistic = clipping.statistic(norms, counted[:, 0])
             if statistic is not None:
@@ -221,10 +221,11 @@ class PrivateStep:
                     "Expected the parameters that the optimizer has, but the model has others by "
                     "now (sharded or replaced since). Make optimizer and step after that."
                 )
-            words = f"{list(parameters)} {self.clipping}".encode()
-            digest = int.from_bytes(hashlib.sha256(words).digest()[:7], "big")
-            place = {"which call it is": 2, "step": self.step}
-            self.parallel.world.lockstep({**place, "trainable parameters or clipping": digest})
+            if self.parallel.world.size > 1:
+                words = f"{list(parameters)} {self.clipping}".encode()
+                digest = int.from_bytes(hashlib.sha256(words).digest()[:7], "big")
+                place = {"which call it is": 2, "step": self.step}
+                self.parallel.world.lockstep({**place, "trainable parameters or clipping": digest})
         except ValueError:
             self.discard()
             raise
@@ -233,12 +234,13 @@ class PrivateStep:
         self, clipping: Clipping, own: Tensor | None, parameters: Mapping[str, nn.Parameter]
     ) -> Tensor | None:
         """The statistic over all processes: of no sample where there was none; None without one."""
+        p = next(iter(parameters.values()))
+        dtype = torch.promote_types(p.dtype, torch.float32)  # the same on all processes
         if own is None:
-            p = next(iter(parameters.values()))
-            dtype = torch.promote_types(p.dtype, torch.float32)
             none = torch.zeros(0, 1, dtype=dtype, device=p.device)
             own = clipping.statistic(none, none[:, 0])
         if own is not None:
+            own = own.to(dtype)
             self.parallel.world.sum_(own)
         return own
 
@@ -264,8 +266,8 @@ class PrivateStep:
         return {
             "step": self.step,
             "max_grad_norm": self.clipping.max_grad_norm,
-            "model": {n: t.detach().clone() for n, t in _tensors_of(self.engine.model).items()},
-            "optimizer_kind": _kind(self.optimizer),
+            "model": {n: t.detach().clone() for n, t in tensors_of(self.engine.model).items()},
+            "optimizer_kind": kind_of(self.optimizer),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
 
@@ -285,15 +287,15 @@ class PrivateStep:
             raise ValueError("A step is under way. Expected release() or discard() before loading.")
         step = int(state["step"])
         clipping = replace(self.clipping, max_grad_norm=state["max_grad_norm"])
-        own, found = _tensors_of(self.engine.model), state["model"]
+        own, found = tensors_of(self.engine.model), state["model"]
         wrong = sorted(own.keys() ^ found.keys())
-        wrong += [n for n in own.keys() & found.keys() if not _alike(own[n], found[n])]
+        wrong += [n for n in own.keys() & found.keys() if not alike(own[n], found[n])]
         if wrong:
             raise ValueError(f"Expected the state of this model, got another one of {wrong}.")
-        if state["optimizer_kind"] == _kind(self.optimizer):
-            _load_optimizer(self.optimizer, state["optimizer"], own_figures)
+        if state["optimizer_kind"] == kind_of(self.optimizer):
+            load_optimizer(self.optimizer, state["optimizer"], own_figures)
         elif not own_figures:
-            kinds = f"{_kind(self.optimizer)}, got {state['optimizer_kind']}"
+            kinds = f"{kind_of(self.optimizer)}, got {state['optimizer_kind']}"
             raise ValueError(f"Expected the state of an optimizer {kinds}.")
         with torch.no_grad():
             for name, tensor in own.items():
@@ -311,96 +313,3 @@ class PrivateStep:
         """Forgets what has been accumulated since the last release. No noise is spent."""
         self.parallel.discard()
         self._statistic, self._passes = None, 0
-
-
-def _alone() -> Parallel:
-    """The way of one process, if this is the only one: others would get the same noise."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ValueError(
-            f"Expected parallel=dpsgd.parallel.ddp() or fsdp() in a job of {dist.get_world_size()} "
-            "processes: each would release sums of its own, with the same noise if they share a "
-            "key. Say parallel=dpsgd.parallel.single() if it is meant."
-        )
-    return single()
-
-
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, each once, those that are not saved usually included."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _kind(optimizer: torch.optim.Optimizer) -> str:
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-
-
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], own_figures: bool
-) -> None:
-    """Loads a state as it was: torch's own loading casts it to the types of the parameters."""
-    own = [dict(group) for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(dict(state))
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"Expected the state of this optimizer, got: {error}") from error
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, values in state["state"].items():
-        loaded = optimizer.state[parameters[number]]
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                loaded[name] = value.clone().to(loaded[name].device)
-    if own_figures:
-        for group, figures in zip(optimizer.param_groups, own, strict=True):
-            group.update({name: value for name, value in figures.items() if name != "params"})
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype
-
-
-def _check_no_batch_statistics(model: nn.Module) -> None:
-    """Raises for batch normalisation that learns from the batch, whatever the engine does."""
-    for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"Expected no batch normalisation with batch statistics, got '{path}' "
-                f"({type(module).__name__}): it mixes the samples, and its running statistics "
-                "would learn from them without noise. Use GroupNorm; "
-                "dpsgd.checks.replace_batch_norm does that."
-            )
-
-
-def _column(mask: Tensor | None, weights: Tensor) -> Tensor:
-    """The mask as [B, 1] of 0 and 1 beside norms or weights [B, K]; all 1 without one."""
-    if mask is None:
-        return weights.new_ones(len(weights), 1)
-    if mask.shape != weights.shape[:1]:
-        raise ValueError(f"Expected a mask [{len(weights)}], got {list(mask.shape)}.")
-    column = mask.to(device=weights.device, dtype=weights.dtype)
-    if not ((column == 0) | (column == 1)).all():
-        raise ValueError("Expected a mask of 0 and 1: other values would undo the clipping.")
-    return column[:, None]
-
-
-def _check_optimizer(optimizer: Any, engine: Engine) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"Expected a torch.optim optimizer, got {type(optimizer).__name__}.")
-    if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
-        raise ValueError(
-            "Expected an optimizer that takes one dense gradient per step, got "
-            f"{type(optimizer).__name__}. Use SGD or Adam."
-        )
-    for group in optimizer.param_groups:
-        wrong = {k: v for k, v in group.items() if isinstance(v, float) and not math.isfinite(v)}
-        if wrong:
-            raise ValueError(f"Expected finite figures of the optimizer, got {wrong}.")
-    parameters = engine.parameters
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in parameters.items() if id(p) not in owned]
-    if missing:
-        raise ValueError(
-            f"Expected the optimizer to own every trainable parameter, it lacks {missing}. Pass "
-            "model.parameters() to it, or freeze them."
-        )
-    frozen = {id(p) for p in engine.model.parameters()} - {id(p) for p in parameters.values()}
-    if owned - frozen - {id(p) for p in parameters.values()}:
-        raise ValueError("Expected the optimizer to own parameters of the engine's model only.")

@@ -108,6 +108,16 @@ class Trainer:
                 "Expected a loss per user for user-level sampling, and only for it: "
                 "dpsgd.losses.PerUser(loss_fn)."
             )
+        step.parallel.world.agree(self._draws(), "draws")
+
+    def _draws(self) -> dict[str, str]:
+        """What decides the draws, in words that give nothing away: shares are of one draw."""
+        key, size = self.plan.sampler.key, len(self.data)
+        return {
+            "key of the sampler": rng.derive(key, "name of the sampler").hex(),
+            "sampler": str(self.plan.sampler.describe()),
+            "number of records": rng.derive(key, "number of records", size).hex(),
+        }
 
     def draw_from(self, data: Dataset) -> None:
         """Draws from these records from now on, whatever their number (for tests and audits)."""

@@ -332,7 +332,26 @@ def _sharded_later(world):
     step.release()
 
 
+def _other_draws(world):
+    from dpsgd.data import Dataset
+    from dpsgd.plan import PrivacyPlan
+    from dpsgd.sampling import Poisson
+    from dpsgd.trainer import Trainer
+
+    x, y = batch_of()
+    data = Dataset((x.float(), y), None, (FEATURES,), CLASSES, BATCH)
+    sampler = Poisson(0.5, public_size=BATCH)  # a fresh key in each process
+    plan = PrivacyPlan(sampler, Flat(max_grad_norm=1.0), 2, 1.0, 1e-5)
+    engine = Ghost(model_of("blocks").float(), loss_fn)
+    optimizer = torch.optim.SGD(engine.parameters.values(), lr=0.1)
+    Trainer(
+        plan.private_step(engine, optimizer, Gaussian(KEY), parallel.ddp()), data, plan,
+        physical_batch_size=4,
+    )  # fmt: skip
+
+
 REFUSED = {
+    "draws": _other_draws,
     "no parallel": _no_parallel, "used twice": _used_twice, "another step": _another_step,
     "frozen on one": _frozen_on_one, "a pass less": _a_pass_less, "no rows": _no_rows,
     "ddp of shards": _ddp_of_shards, "sharded later": _sharded_later,

@@ -78,7 +78,9 @@ class Clipping(ABC):
 
     def learned(self, statistic: Tensor, expected_batch_size: float) -> Clipping:
         """Returns the policy of the next step, from the noised statistic of this one."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} releases a statistic, so it has to define learned()."
+        )
 
     @property
     def _factors(self) -> Schedule:

@@ -37,6 +37,7 @@ class Parallel(ABC):
         self.world = world
         self.mesh: Any = None
         self._claimed = False
+        self._sums: dict[str, Tensor] = {}
 
     def claim(self) -> None:
         """Makes this the way of one `PrivateStep`.
@@ -79,9 +80,13 @@ class Parallel(ABC):
         """
 
     @property
-    @abstractmethod
     def pending(self) -> bool:
         """Whether something has been added since the last total."""
+        return bool(self._sums)
+
+    def discard(self) -> None:
+        """Forgets what was added."""
+        self._sums = {}
 
     @abstractmethod
     def add(
@@ -111,10 +116,6 @@ class Parallel(ABC):
     @abstractmethod
     def gradient(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
         """Returns a part of a total as a gradient of the parameter."""
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Forgets what was added."""
 
     @abstractmethod
     def weights(self, model: nn.Module) -> dict[str, Tensor] | None:

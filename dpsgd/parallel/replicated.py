@@ -25,7 +25,6 @@ class Replicated(Parallel):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self._flat: Flat | None = None
-        self._sums: dict[str, Tensor] = {}
 
     def place(self, engine: Engine) -> None:
         """Leaves the model as it is."""
@@ -37,11 +36,6 @@ class Replicated(Parallel):
                 "Expected parallel=dpsgd.parallel.fsdp() for a model that FSDP2 has sharded."
             )
         check_same_weights(self.world, engine.model)
-
-    @property
-    def pending(self) -> bool:
-        """Whether something has been added since the last total."""
-        return bool(self._sums)
 
     def add(
         self, grads: PerSampleGrads, weights: Tensor, groups: Groups, parameters: Parameters
@@ -68,10 +62,6 @@ class Replicated(Parallel):
     def gradient(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
         """Returns the whole total as a gradient."""
         return part.to(parameter.dtype)
-
-    def discard(self) -> None:
-        """Forgets what was added."""
-        self._sums = {}
 
     def weights(self, model: nn.Module) -> None:
         """Returns None: the model holds its weights."""

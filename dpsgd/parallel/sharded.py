@@ -51,7 +51,6 @@ class Sharded(Parallel):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self._sums: dict[str, Tensor] = {}
         self._units: list[list[str]] = []
 
     def place(self, engine: Engine) -> None:
@@ -83,11 +82,6 @@ class Sharded(Parallel):
         self.mesh = next(
             p for p in engine.parameters.values() if isinstance(p, DTensor)
         ).device_mesh
-
-    @property
-    def pending(self) -> bool:
-        """Whether something has been added since the last total."""
-        return bool(self._sums)
 
     def add(
         self, grads: PerSampleGrads, weights: Tensor, groups: Groups, parameters: Parameters
@@ -126,10 +120,6 @@ class Sharded(Parallel):
             shape=parameter.shape,
             stride=parameter.stride(),
         )
-
-    def discard(self) -> None:
-        """Forgets what was added."""
-        self._sums = {}
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the whole weights by name, gathered one after another; tied ones once."""

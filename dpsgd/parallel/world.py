@@ -24,7 +24,6 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for one that is alive and silent; a dead one is noticed at once."""
 
-
 _NUMBERS = 4
 
 
@@ -75,7 +74,7 @@ class World:
             return value
         box = [value]
         with lost_peers():
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(box, src=0, device=_device())
         return box[0]
 
     def gather(self, value: T) -> Sequence[T]:

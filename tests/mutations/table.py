@@ -307,7 +307,7 @@ MUTATIONS = [
     Mutation(
         "batch statistics move without noise",
         "private_step.py",
-        "            _check_no_batch_statistics(self.engine.model)\n",
+        "            check_no_batch_statistics(self.engine.model)\n",
         "",
         "tests/test_private_step.py::test_batch_statistics_are_refused_whatever_the_engine",
     ),

@@ -63,6 +63,7 @@ def test_each_process_draws_the_noise_of_its_part_alone(tmp_path):
 
 
 REFUSALS = {
+    "draws": "Expected the same draws in all 2 processes, got\n  key of the sampler",
     "no parallel": "Expected parallel=dpsgd.parallel.ddp() or fsdp() in a job of 2 processes",
     "used twice": "Expected one way of parallelism for each PrivateStep",
     "another step": "Expected all 2 processes at the same place of the same step",
