@@ -14,49 +14,73 @@ from rich.table import Table
 
 from dpsgd import accounting, metrics
 from dpsgd.accounting import Curve
-from dpsgd.engines import Engine
 from dpsgd.ledger import Charged
 from dpsgd.plan import PrivacyPlan
+from dpsgd.private_step import PrivateStep
+from dpsgd.trainer import Trainer
 
 _FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
 
 
 def final_report(
-    plan: PrivacyPlan,
+    trainer: Trainer,
     charged: Charged,
-    engine: Engine,
     routes: Mapping[str, str],
     *,
-    steps_taken: int,
+    until: int,
     steps_timed: int,
     history: Sequence[Mapping[str, float]],
     seconds: float,
     curve: Curve,
-    interrupted: bool,
     not_private: list[str],
 ) -> dict[str, Any]:
     """Returns the guarantee, the result and the circumstances of a run.
 
     Args:
-        plan: The privacy plan.
+        trainer: What ran, as it is at the end.
         charged: What the ledger says; epsilon follows from it.
-        engine: The engine that was used.
-        routes: How it gets the gradients of each parameter.
-        steps_taken: Releases made.
-        steps_timed: Those of them that `seconds` are of: the others were made before.
+        routes: How the engine gets the gradients of each parameter.
+        until: The step that training should end at.
+        steps_timed: Those steps that `seconds` are of: the others were made before.
         history: The public figures of the evaluated steps.
         seconds: Training time.
         curve: Spent epsilon against steps.
-        interrupted: Whether training ended before the plan did.
         not_private: Reasons why the run gives no guarantee, empty if it does.
     """
-    sampler, clipping = plan.sampler, plan.clipping
-    spent = charged.releases()
-    tradeoff = accounting.tradeoff_of(spent, plan.accountant, plan.adjacency)
+    step, plan = trainer.step, trainer.plan
     last = history[-1] if history else {}
     return {
         "private": not not_private,
         "not_private_because": not_private,
+        **_guarantee(plan, charged),
+        "steps": step.step,
+        "steps_timed": steps_timed,
+        "attempts": [
+            {"first_step": a.start, "charged_steps": sum(n for _, n in a.noise)}
+            for a in charged.attempts
+        ],
+        "charged_steps": charged.steps,
+        "planned_steps": plan.num_steps,
+        "interrupted": step.step < until,
+        "test": {name: value for name, value in last.items() if name.startswith("test_")},
+        "history": [dict(row) for row in history],
+        "epsilon_curve": {
+            "steps": [0, *curve.steps],
+            "epsilons": [0.0, *curve.epsilons],
+        },
+        **_circumstances(step),
+        "routes": dict(routes),
+        "seconds": round(seconds, 3),
+        "versions": versions(),
+    }
+
+
+def _guarantee(plan: PrivacyPlan, charged: Charged) -> dict[str, Any]:
+    """What is promised, and the mechanism that it follows from."""
+    sampler, clipping = plan.sampler, plan.clipping
+    spent = charged.releases()
+    tradeoff = accounting.tradeoff_of(spent, plan.accountant, plan.adjacency)
+    return {
         "epsilon": charged.epsilon(),
         "delta": plan.target_delta,
         "adjacency": plan.adjacency,
@@ -81,28 +105,24 @@ def final_report(
         "sample_rate": plan.sample_rate,
         "expected_batch_size": plan.expected_batch_size,
         "public_size": sampler.public_size,
-        "steps": steps_taken,
-        "steps_timed": steps_timed,
-        "attempts": [
-            {"first_step": a.start, "charged_steps": sum(n for _, n in a.noise)}
-            for a in charged.attempts
-        ],
-        "charged_steps": charged.steps,
-        "planned_steps": plan.num_steps,
-        "interrupted": interrupted,
-        "test": {name: value for name, value in last.items() if name.startswith("test_")},
-        "history": [dict(row) for row in history],
-        "epsilon_curve": {
-            "steps": [0, *curve.steps],
-            "epsilons": [0.0, *curve.epsilons],
-        },
-        "engine": type(engine).__name__,
-        "routes": dict(routes),
-        "parameters": sum(p.numel() for p in engine.parameters.values()),
-        "device": str(next(iter(engine.parameters.values())).device),
-        "seconds": round(seconds, 3),
-        "versions": versions(),
     }
+
+
+def _circumstances(step: PrivateStep) -> dict[str, Any]:
+    """What computed the steps."""
+    parameters = step.engine.parameters
+    return {
+        "engine": type(step.engine).__name__,
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "device": str(next(iter(parameters.values())).device),
+        "processes": step.parallel.world.size,
+    }
+
+
+def where(report: Mapping[str, Any]) -> str:
+    """Returns the device of a run in words, with the number of processes if there were several."""
+    count = report["processes"]
+    return report["device"] if count == 1 else f"{report['device']} in {count} processes"
 
 
 def versions() -> dict[str, str]:
@@ -111,7 +131,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def summary(report: Mapping[str, Any], where: str) -> RenderableType:
+def summary(report: Mapping[str, Any], folder: str) -> RenderableType:
     """Returns the report as a table for the terminal, under a banner if it is not private."""
     ended = "interrupted" if report["interrupted"] else "finished"
     table = Table(title=f"dpsgd: training {ended}", show_header=False, title_justify="left")
@@ -154,8 +174,8 @@ def summary(report: Mapping[str, Any], where: str) -> RenderableType:
     if len(report["attempts"]) > 1:
         table.add_row("attempts", attempts_in_words(report["attempts"]))
     ways = ", ".join(f"{way} {n}" for way, n in Counter(report["routes"].values()).items())
-    table.add_row("engine", f"{report['engine']} on {report['device']} (parameters: {ways})")
-    table.add_row("saved in", where)
+    table.add_row("engine", f"{report['engine']} on {where(report)} (parameters: {ways})")
+    table.add_row("saved in", folder)
     return Group(banner(report["not_private_because"]), table) if not report["private"] else table
 
 

@@ -81,24 +81,21 @@ def run_to_end(
     with closing(ledger):
         seconds = _steps(trainer, run, start, ledger, until, config, console)
         steps = trainer.step.step
-        interrupted = steps < until
         final = final_report(
-            trainer.plan,
+            trainer,
             charged(run.path),
-            trainer.step.engine,
             passed.routes,
-            steps_taken=steps,
+            until=until,
             steps_timed=steps - first,
             history=history(run.path / METRICS),
             seconds=seconds,
             curve=curve,
-            interrupted=interrupted,
             not_private=not_private,
         )
         model = trainer.step.engine.model
         run.save_model(model, parallel.weights(model))
         write_report(run.path, final, saved)
-        if not interrupted:
+        if not final["interrupted"]:
             ledger.end(steps)
             run.finish()
     return final

@@ -50,6 +50,7 @@ REPORT = {
     "routes": {"features.0.weight": "convolution", "head.weight": "linear", "head.bias": "linear"},
     "parameters": 10666,
     "device": "cpu",
+    "processes": 2,
     "seconds": 5.719,
     "versions": {"python": "3.11.7", "dpsgd": "0.1.0", "torch": "2.13.0", "opacus": "1.6.0"},
 }
