@@ -113,7 +113,8 @@ def test_every_figure_is_there():
         "1 in 10 finds at most 28.7%", "noise multiplier 7.620443", "Flat: each sample's gradient",
         "C = 1.25", "Sample rate 0.25", "expected batch size 359.25", "1,437 records",
         "30 taken, 30 charged, 30 planned", "test loss 0.2622, test accuracy 92.2%", "Ghost",
-        "10,666 weights in 3 parameters", "linear 2 head.weight, head.bias", "cpu in 2 processes, 5.719 seconds",
+        "10,666 weights in 3 parameters", "linear 2 head.weight, head.bias",
+        "cpu in 2 processes, 5.719 seconds",
         "python 3.11.7", "torch 2.13.0", "20 2.3848 90.8% 0.3087", "Poisson:", "trusted curator",
         "Not accounted",
     ]:  # fmt: skip
