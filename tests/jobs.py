@@ -1,16 +1,10 @@
 """Jobs of several processes in tests, as torchrun would start them."""
 
 import signal
-import socket
 
 import torch
+import torch.distributed as dist
 from command_line import Done, Running
-
-
-def _free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class Job:
@@ -23,13 +17,15 @@ class Job:
     """
 
     def __init__(self, *arguments, processes, cwd, different=None, **options):
-        port = _free_port()
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.processes = []
         for rank in range(processes):
             own = {**options, **(different or {}).get(rank, {})}
             variables = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **own.pop("variables", {}),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+                **own.pop("variables", {}),
             }  # fmt: skip
             further = own.pop("arguments", ())
             self.processes.append(
