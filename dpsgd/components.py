@@ -77,6 +77,14 @@ def finished(name: str, partial: Any, kind: type, *arguments: Any, **options: An
     return made
 
 
+def takes(component: Any, name: str) -> bool:
+    """Whether a component that is not finished takes an argument of this name."""
+    try:
+        return name in inspect.signature(component).parameters
+    except (TypeError, ValueError):  # builtins do not tell
+        return False
+
+
 def _arguments(config: DictConfig, name: str) -> dict[str, Any]:
     """The section of a component with interpolations resolved, checked against its target."""
     try:

@@ -12,7 +12,7 @@ from torch import nn
 from dpsgd import metrics
 from dpsgd.data import Dataset
 from dpsgd.engines import LossFn
-from dpsgd.losses import PerUser
+from dpsgd.losses import per_record
 from dpsgd.parallel import World
 from dpsgd.placement import Placement
 from dpsgd.precision import autocast_of
@@ -47,8 +47,7 @@ def evaluate(
     if data.test is None:
         return {}
     x, y = data.test
-    if isinstance(loss_fn, PerUser):  # test records have no users
-        loss_fn = loss_fn.loss_fn
+    loss_fn = per_record(loss_fn)  # test records have no users and are looked at once
     tally, place = _tally(loss_fn, data), Placement.of(model)
     world = World() if world is None else world
     losses, total, count = 0.0, 0.0, 0.0

@@ -42,7 +42,8 @@ def follow(config: DictConfig, world: World) -> bool:
         for _, due in steps_of(trainer, until, config.checkpoint.every, stop):
             if due:
                 _take_part(trainer)
-    trainer.step.parallel.weights(trainer.step.engine.model)
+    with trainer.weights_to_publish():
+        trainer.step.parallel.weights(trainer.step.engine.model)
     return trainer.step.step < until
 
 

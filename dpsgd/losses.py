@@ -179,6 +179,39 @@ class PerUser:
         return total / counted.sum(1).clamp(min=1)
 
 
+@dataclass(frozen=True)
+class MeanOfViews:
+    """A loss per sample of which there are several views: the mean over them, one gradient.
+
+    De et al. (2022), arXiv:2204.13650: averaged before the clip, K views cost no more privacy than
+    one. `dpsgd.augmentation` makes them.
+
+    Attributes:
+        loss_fn: The loss of one view.
+    """
+
+    loss_fn: Callable[[Model, Any], Tensor]
+
+    def __call__(self, model: Model, batch: Pair) -> Tensor:
+        """Returns the mean loss over the views of each sample, [B].
+
+        Args:
+            model: Sees the views one after another, [B K, ...].
+            batch: `(x, y)`: views [B, K, ...] and the targets [B, ...] that they share.
+        """
+        x, y = batch
+        targets = y.unsqueeze(1).expand(y.shape[0], x.shape[1], *y.shape[1:])
+        losses = self.loss_fn(model, (x.flatten(0, 1), targets.flatten(0, 1)))
+        return losses.view(x.shape[:2]).mean(1)
+
+
+def per_record(loss_fn: Callable[[Model, Any], Tensor]) -> Callable[[Model, Any], Tensor]:
+    """Returns the loss of one record as it is, out of a loss per user or of several views."""
+    while isinstance(loss_fn, PerUser | MeanOfViews):
+        loss_fn = loss_fn.loss_fn
+    return loss_fn
+
+
 def _token_fields(batch: Tokens) -> Mapping[str, Tensor]:
     if isinstance(batch, Tensor):
         return {"input_ids": batch}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpsgd.engines import Batch, LossFn
-from dpsgd.losses import IGNORED, PerUser, causal_lm, next_token_nats, scores_of
+from dpsgd.losses import IGNORED, MeanOfViews, PerUser, causal_lm, next_token_nats, scores_of
 from dpsgd.precision import Autocast
 from dpsgd.recomputation import Recomputed
 
@@ -42,7 +42,7 @@ def shown(name: str, value: float) -> str:
 
 def is_language_model(loss_fn: LossFn) -> bool:
     """Whether a loss is `causal_lm`, bare or as a configuration makes it."""
-    while isinstance(loss_fn, Autocast | Recomputed | PerUser | partial):
+    while isinstance(loss_fn, Autocast | Recomputed | PerUser | MeanOfViews | partial):
         loss_fn = loss_fn.func if isinstance(loss_fn, partial) else loss_fn.loss_fn
     return loss_fn is causal_lm
 

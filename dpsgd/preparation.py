@@ -9,19 +9,22 @@ import torch
 from omegaconf import DictConfig
 from rich.console import RenderableType
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from dpsgd import checks, rng
-from dpsgd.components import build, finished
+from dpsgd.components import build, finished, takes
 from dpsgd.config import placement
 from dpsgd.data import Dataset
 from dpsgd.engines import Engine
 from dpsgd.forward import check_engine, loss_of
-from dpsgd.losses import PerUser
+from dpsgd.learning_rates import tabulated
+from dpsgd.losses import MeanOfViews, PerUser
 from dpsgd.noise import Gaussian
 from dpsgd.parallel import Parallel
 from dpsgd.parallel.world import this_job
 from dpsgd.physical_batch import first_rows, settle
 from dpsgd.planning import privacy_plan
+from dpsgd.recipe import Recipe
 from dpsgd.resuming import Start
 from dpsgd.sampling import Sampler, UserPoisson
 from dpsgd.saved_run import load_weights
@@ -80,12 +83,15 @@ def prepare(
         load_weights(model, config.model.init_from)
     sampler = finished("sampler", parts["sampler"], Sampler, key=rng.derive(streams, "sampler"))
     plan = privacy_plan(config, sampler, parts["clipping"])
-    loss_fn, batch = loss_of(config, parts["loss"]), checks.synthetic_batch(data, 4)
+    recipe = _recipe(config, parts, plan.num_steps)
+    loss_fn = loss_of(config, parts["loss"])
+    if recipe.augmentation is not None:
+        loss_fn = MeanOfViews(loss_fn)
     if isinstance(plan.sampler, UserPoisson):
         loss_fn = PerUser(loss_fn)
-        batch = checks.synthetic_users(data, 4, plan.sampler.records_per_user)
     engine = finished("engine", parts["engine"], Engine, model, loss_fn)
     check_engine(config, engine)
+    batch = checks.synthetic_units(data, 4, plan.sampler, recipe.augmentation)
     passed = checks.preflight(engine, place.batch(batch))
     plan.clipping.groups(list(engine.parameters))
     parts["parallel"].place(engine)
@@ -99,8 +105,26 @@ def prepare(
         physical_batch_size=first_rows(config.trainer.physical_batch_size),
         evaluate_every=config.trainer.evaluate_every,
         seed=config.seed,
+        recipe=recipe,
     )
     return trainer, passed
+
+
+def _recipe(config: DictConfig, parts: Mapping[str, Any], num_steps: int) -> Recipe:
+    """The recipe of a configuration, its learning rates written out."""
+    stand_in = [nn.Parameter(torch.zeros(1))]
+    optimizer = finished("optimizer", parts["optimizer"], torch.optim.Optimizer, stand_in)
+    schedule = parts["schedule"]
+    options = {"num_steps": num_steps} if takes(schedule, "num_steps") else {}
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> Any:
+        return finished("schedule", schedule, LRScheduler, optimizer, **options)
+
+    return Recipe(
+        augmentation=parts["augmentation"],
+        rates=tabulated(scheduler, optimizer, num_steps),
+        ema_decay=config.trainer.ema_decay,
+    )
 
 
 def make_ready(trainer: Trainer, start: Start, asked: Any) -> list[RenderableType]:

@@ -93,7 +93,8 @@ def run_to_end(
             not_private=not_private,
         )
         model = trainer.step.engine.model
-        run.save_model(model, parallel.weights(model))
+        with trainer.weights_to_publish():
+            run.save_model(model, parallel.weights(model))
         write_report(run.path, final, saved)
         if not final["interrupted"]:
             ledger.end(steps)

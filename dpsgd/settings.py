@@ -27,6 +27,7 @@ class Training:
     physical_batch_size: Any = 512
     activation_checkpointing: bool = False
     evaluate_every: int = 10
+    ema_decay: float | None = None
 
 
 @dataclass
@@ -139,6 +140,8 @@ COMPONENTS = (
     "noise",
     "sampler",
     "optimizer",
+    "schedule",
+    "augmentation",
     "parallel",
 )
 """Sections that name a `_target_` to build, in the order of building."""

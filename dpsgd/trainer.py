@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,17 +11,20 @@ import torch
 from torch import Tensor
 
 from dpsgd import rng
-from dpsgd.checks import restored, synthetic_batch, synthetic_users
+from dpsgd.averaging import averaged, update_average
+from dpsgd.checks import restored, synthetic_units
 from dpsgd.data import Dataset, Users
-from dpsgd.engines import Batch
+from dpsgd.diagnostics import diagnostics, sums_of
+from dpsgd.engines import Batch, LossFn
 from dpsgd.engines.batch import map_tensors
 from dpsgd.engines.memory import is_out_of_memory
 from dpsgd.evaluate import MOST_ROWS, evaluate
 from dpsgd.ledger import Ledger
-from dpsgd.losses import PerUser
+from dpsgd.losses import MeanOfViews, PerUser
 from dpsgd.placement import Placement
 from dpsgd.plan import PrivacyPlan
 from dpsgd.private_step import Contribution, PrivateStep
+from dpsgd.recipe import PLAIN, Recipe
 from dpsgd.sampling import Sampler, UserPoisson
 from dpsgd.seeding import seed_step
 
@@ -66,6 +70,7 @@ class Trainer:
         seed: Seeds what is random in a step, dropout for example, by (seed, step): the step can
             then be repeated exactly. None leaves PyTorch's generators alone.
         evaluate_every: Steps between evaluations on the test records; the last step always is.
+        recipe: Views of the samples, learning rates by step, and an average of the weights.
 
     Attributes:
         spent: An upper bound on the epsilon after so many steps: the plan's, unless other attempts
@@ -86,6 +91,7 @@ class Trainer:
         physical_batch_size: int,
         evaluate_every: int = 10,
         seed: int | None = None,
+        recipe: Recipe = PLAIN,
     ) -> None:
         if physical_batch_size < 1:
             raise ValueError(f"Expected physical_batch_size >= 1, got {physical_batch_size}.")
@@ -100,14 +106,12 @@ class Trainer:
         self.physical_batch_size = physical_batch_size
         self.evaluate_every = evaluate_every
         self.seed = seed
+        self.recipe = recipe
+        self._seed_of_views = int(torch.randint(2**62, ())) if seed is None else seed
         self.spent: Callable[[int], float] = plan.spent
         self.asked_to_stop: Callable[[], bool] = lambda: False
         self.draw_from(data)
-        if isinstance(plan.sampler, UserPoisson) != isinstance(step.engine.loss_fn, PerUser):
-            raise ValueError(
-                "Expected a loss per user for user-level sampling, and only for it: "
-                "dpsgd.losses.PerUser(loss_fn)."
-            )
+        _check_loss(step.engine.loss_fn, plan.sampler, recipe)
         step.parallel.world.agree(self._draws(), "draws")
 
     def _draws(self) -> dict[str, str]:
@@ -170,11 +174,8 @@ class Trainer:
 
     def try_physical_batch(self) -> None:
         """Runs one physical batch of made-up records; nothing of it is kept."""
-        size, sampler = self._rows_at_once(), self.plan.sampler
-        if isinstance(sampler, UserPoisson):
-            batch = synthetic_users(self.data, size, sampler.records_per_user)
-        else:
-            batch = synthetic_batch(self.data, size, padded=False)
+        size, views = self._rows_at_once(), self.recipe.augmentation
+        batch = synthetic_units(self.data, size, self.plan.sampler, views, padded=False)
         place = Placement.of(self.step.engine.model)
         with restored(self.step.engine.model):
             self.step.accumulate(place.batch(batch), torch.ones(size, device=place.device))
@@ -216,8 +217,25 @@ class Trainer:
             self.step.accumulate(place.batch(batch), mask.to(place.device))
             for batch, mask in self._physical_batches(drawn, number)
         ]
+        optimizer, recipe = self.step.optimizer, self.recipe
+        for group in optimizer.param_groups if recipe.rates else ():
+            group.update(recipe.rates[number])
         self.step.release()
+        if recipe.ema_decay is not None:
+            weights = self.step.engine.parameters.values()
+            update_average(optimizer, weights, recipe.ema_decay, self.step.step)
         return contributions, len(drawn)
+
+    @contextmanager
+    def weights_to_publish(self) -> Iterator[None]:
+        """Gives the model the weights that are tested and saved: the average, where there is one.
+
+        All processes of a job at once. The weights that are trained are put back.
+        """
+        step = self.step
+        with averaged(step.optimizer, step.engine.parameters.values()):
+            yield
+            step.parallel.settle(step.engine.model)
 
     def _physical_batches(self, drawn: Tensor, number: int) -> Iterator[tuple[Batch, Tensor]]:
         """Yields this process's share of a draw in physical batches, each with its mask."""
@@ -231,6 +249,8 @@ class Trainer:
                 batch: Batch = self.data.take(rows[part])
             else:
                 batch = users.take(rows[part], present[part])
+            if self.recipe.augmentation is not None:
+                batch = self.recipe.augmentation(batch, self._seed_of_views, number, rows[part])
             count = len(rows[part])
             yield map_tensors(partial(_pad, rows=size - count), batch), torch.arange(size) < count
 
@@ -240,17 +260,20 @@ class Trainer:
         rows = min(MOST_ROWS, self._rows_at_once())  # they fit
         test: Mapping[str, float] = {}
         if due:
-            test = evaluate(engine.model, engine.loss_fn, self.data, rows, parallel.world)
-        parallel.settle(engine.model)
-        told = torch.tensor([*_sums(contributions), self.asked_to_stop()], dtype=torch.float64)
+            with self.weights_to_publish():
+                test = evaluate(engine.model, engine.loss_fn, self.data, rows, parallel.world)
+        else:
+            parallel.settle(engine.model)
+        sums = sums_of(contributions, self.plan.clipping.at(step - 1).full_weight)
+        told = torch.tensor([*sums, self.asked_to_stop()], dtype=torch.float64)
         parallel.world.sum_(told)
-        *sums, asked = told.tolist()
+        *totals, asked = told.tolist()
         return StepReport(
             step=step,
             epsilon=self.spent(step),
             learning_rate=self.step.optimizer.param_groups[0]["lr"],
             test=test,
-            private=_diagnostics(sums, drawn),
+            private=diagnostics(totals, drawn),
             stopping=asked > 0,
         )
 
@@ -274,6 +297,22 @@ def _check_plan(plan: PrivacyPlan, step: PrivateStep) -> None:
             )
 
 
+def _check_loss(loss_fn: LossFn, sampler: Sampler, recipe: Recipe) -> None:
+    """Raises unless the loss is of the units that are sampled, and of their views."""
+    of_users = isinstance(loss_fn, PerUser)
+    if isinstance(sampler, UserPoisson) != of_users:
+        raise ValueError(
+            "Expected a loss per user for user-level sampling, and only for it: "
+            "dpsgd.losses.PerUser(loss_fn)."
+        )
+    record: object = loss_fn.loss_fn if isinstance(loss_fn, PerUser) else loss_fn
+    if (recipe.augmentation is not None) != isinstance(record, MeanOfViews):
+        raise ValueError(
+            "Expected a loss of several views for an augmentation, and only for it: "
+            "dpsgd.losses.MeanOfViews(loss_fn)."
+        )
+
+
 def _check_size(sampler: Sampler, data: Dataset) -> None:
     """Raises if the guarantee needs the declared size to be the true one, and it is not."""
     if sampler.size_is_public and len(data) != sampler.public_size:
@@ -282,34 +321,3 @@ def _check_size(sampler: Sampler, data: Dataset) -> None:
             f"for {type(sampler).__name__} sampling, whose guarantee rests on it, got another "
             "number. Declare the true number, or use sampler=poisson."
         )
-
-
-def _sums(contributions: list[Contribution]) -> tuple[float, float, float, float]:
-    """Of the samples that count: their number, losses, norms, and how many were clipped."""
-    if not contributions:
-        return 0.0, 0.0, 0.0, 0.0
-    weights = torch.cat([c.weights.max(1).values for c in contributions])
-    counted = weights > 0
-    losses = torch.cat([c.losses for c in contributions])[counted]
-    norms = torch.cat([c.norms.square().sum(1).sqrt() for c in contributions])[counted]
-    clipped = weights[counted] < 1
-    return (
-        float(counted.sum()),
-        float(losses.double().sum()),
-        float(norms.double().sum()),
-        float(clipped.sum()),
-    )
-
-
-def _diagnostics(sums: list[float], drawn: int) -> Mapping[str, float]:
-    if not drawn:
-        return {"drawn_batch_size": 0.0}
-    counted, losses, norms, clipped = sums
-    share = 1 / counted if counted else float("nan")
-    return {
-        "drawn_batch_size": float(drawn),
-        "train_loss": losses * share,
-        "grad_norm": norms * share,
-        "clipped_fraction": clipped * share,
-        "not_finite": drawn - counted,
-    }

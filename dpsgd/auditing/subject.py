@@ -20,6 +20,7 @@ from dpsgd.engines import Batch
 from dpsgd.noise import Gaussian
 from dpsgd.placement import Placement
 from dpsgd.plan import PrivacyPlan
+from dpsgd.recipe import Recipe
 from dpsgd.sampling import UserPoisson
 from dpsgd.trainer import Trainer
 
@@ -68,6 +69,7 @@ class Subject:
         self.engine = trainer.step.engine
         self.declared = trainer.data
         self.make_noise = make_noise
+        self.recipe = Recipe(augmentation=trainer.recipe.augmentation)
         self.place = Placement.of(self.engine.model)
         sampler = self.plan.sampler
         self.per_unit = sampler.records_per_user if isinstance(sampler, UserPoisson) else 1
@@ -95,7 +97,7 @@ class Subject:
         for scale in _SCALES:
             found = Units((made.x - 0.5) * scale, made.y)
             largest = float(self.contributions(found, clipping).norm(dim=1).max())
-            if largest >= _CLIPPED * clipping.max_grad_norm:
+            if largest >= _CLIPPED * clipping.full_weight * clipping.max_grad_norm:
                 break
         return found
 
@@ -133,6 +135,7 @@ class Subject:
             plan,
             physical_batch_size=_PHYSICAL,
             evaluate_every=plan.num_steps + 1,
+            recipe=self.recipe,
         )
         made.draw_from(self._dataset(units))
         return made
@@ -169,9 +172,12 @@ class Subject:
         return torch.stack(rows) if rows else torch.zeros(0, self.coordinates, dtype=torch.float64)
 
     def _batch(self, units: Units) -> Batch:
-        if isinstance(self.plan.sampler, UserPoisson):
-            return units.x, units.y, torch.ones(units.x.shape[:2], dtype=torch.bool)
-        return units.x[:, 0], units.y[:, 0]
+        rows = torch.zeros(units.x.shape[:2], dtype=torch.int64)  # the views of any record will do
+        batch: Batch = (units.x, units.y, torch.ones_like(rows).bool())
+        if not isinstance(self.plan.sampler, UserPoisson):
+            batch, rows = (units.x[:, 0], units.y[:, 0]), rows[:, 0]
+        views = self.recipe.augmentation
+        return batch if views is None else views(batch, 0, 0, rows)
 
     @cached_property
     def _stand_in(self) -> Dataset:

@@ -161,7 +161,8 @@ class _Attack:
         self._worlds = [self._common + unit for unit in self._differing]
         clipping = plan.clipping.at(0)
         self._look(clipping)
-        self.strength = abs(self._added[1] - self._added[0]) / clipping.max_grad_norm
+        bound = clipping.full_weight * clipping.max_grad_norm
+        self.strength = abs(self._added[1] - self._added[0]) / bound
 
     def __call__(self, world: int) -> float:
         """Returns the score of a new run in world 0 or 1."""

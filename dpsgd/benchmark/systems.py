@@ -16,6 +16,7 @@ from dpsgd.components import build
 from dpsgd.config import placement
 from dpsgd.engines import Batch, LossFn
 from dpsgd.engines.memory import is_out_of_memory
+from dpsgd.losses import MeanOfViews
 from dpsgd.placement import Placement
 from dpsgd.precision import with_autocast
 from dpsgd.private_step import PrivateStep
@@ -113,14 +114,17 @@ class Workload:
         torch.set_float32_matmul_precision("highest")
         place = placement(config)
         seed_everything(config.seed)
-        parts = build(config, ("data", "model", "loss"))
+        parts = build(config, ("data", "model", "loss", "augmentation"))
         model = place.model(parts["model"])
-        batch = place.batch(synthetic_batch(parts["data"], config.bench.batch_size, padded=False))
+        batch = synthetic_batch(parts["data"], config.bench.batch_size, padded=False)
         loss_fn = with_autocast(parts["loss"], config.autocast, place.dtype)
+        if parts["augmentation"] is not None:
+            batch = parts["augmentation"](batch, 0, 0, torch.arange(len(batch[0])))
+            loss_fn = MeanOfViews(loss_fn)
         resolved = config.copy()
         OmegaConf.resolve(resolved)
         resolved.privacy.key = None  # noise takes fresh keys here; none is written anywhere
-        return cls(resolved, model, loss_fn, batch, place)
+        return cls(resolved, model, loss_fn, place.batch(batch), place)
 
     def step(self, system: System) -> Step:
         """Returns the training step of a system, on a copy of the model of its own.

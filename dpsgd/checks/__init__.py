@@ -10,7 +10,7 @@ from dpsgd.checks.dropout import without_dropout
 from dpsgd.checks.independence import check_independence
 from dpsgd.checks.preflight import Preflight, preflight
 from dpsgd.checks.state import check_runs, check_unchanged_state, restored
-from dpsgd.checks.synthetic import synthetic_batch, synthetic_users
+from dpsgd.checks.synthetic import synthetic_batch, synthetic_units, synthetic_users
 
 __all__ = [
     "Preflight",
@@ -24,6 +24,7 @@ __all__ = [
     "replace_batch_norm",
     "restored",
     "synthetic_batch",
+    "synthetic_units",
     "synthetic_users",
     "tolerance",
     "without_dropout",

@@ -4,9 +4,36 @@ from __future__ import annotations
 
 import torch
 
+from dpsgd.augmentation import Augmentation
 from dpsgd.data import Dataset
 from dpsgd.engines import Batch
 from dpsgd.losses import IGNORED
+from dpsgd.sampling import Sampler, UserPoisson
+
+
+def synthetic_units(
+    data: Dataset,
+    size: int,
+    sampler: Sampler,
+    augmentation: Augmentation | None,
+    *,
+    padded: bool = True,
+) -> Batch:
+    """Returns a random batch of units as they are trained on: records or users, and their views.
+
+    Args:
+        data: What is declared.
+        size: B, the number of units.
+        sampler: Says what a unit is.
+        augmentation: Makes the views of each record, None for none.
+        padded: Whether the inputs end in zeros, see `synthetic_batch`; those of users always do.
+    """
+    if isinstance(sampler, UserPoisson):
+        batch = synthetic_users(data, size, sampler.records_per_user)
+        rows = torch.arange(batch[2].numel()).view(batch[2].shape)
+    else:
+        batch, rows = synthetic_batch(data, size, padded=padded), torch.arange(size)
+    return batch if augmentation is None else augmentation(batch, 0, 0, rows)
 
 
 def synthetic_batch(data: Dataset, size: int, *, padded: bool = True) -> Batch:

@@ -51,6 +51,11 @@ class Clipping(ABC):
         return self.max_grad_norm
 
     @property
+    def full_weight(self) -> float:
+        """The weight of a sample whose gradient needs no clipping."""
+        return 1.0
+
+    @property
     @abstractmethod
     def guarantee(self) -> str:
         """What the policy guarantees, in a sentence."""

@@ -37,6 +37,43 @@ class Flat(Clipping):
 
 
 @dataclass(frozen=True)
+class UnitNorm(Clipping):
+    """Clips the gradient and scales it to norm 1 at most: w_i = min(1 / C, 1 / ||g_i||).
+
+    De et al. (2022), arXiv:2204.13650: C then only says which gradients count as large, and a
+    learning rate that suits one C suits the others. The release is that of `Flat` divided by C, and
+    so is its noise: the guarantee is the same.
+
+    Guarantee: ||w_i g_i|| <= 1 for every sample, whatever it contains.
+    """
+
+    @property
+    def sensitivity(self) -> float:
+        """1, whatever C is."""
+        return 1.0
+
+    @property
+    def full_weight(self) -> float:
+        """1 / C."""
+        return 1 / self.max_grad_norm
+
+    @property
+    def guarantee(self) -> str:
+        """What the policy guarantees, in a sentence."""
+        return (
+            "each sample's gradient is shrunk to L2 norm C at most and divided by C, so 1 at most"
+        )
+
+    def groups(self, names: Sequence[str]) -> list[list[str]]:
+        """Returns one group of all names."""
+        return [list(names)]
+
+    def __call__(self, norms: Tensor) -> Tensor:
+        """Returns 1 / max(norms, C)."""
+        return usable(1 / norms.clamp(min=self.max_grad_norm), norms)
+
+
+@dataclass(frozen=True)
 class Automatic(Clipping):
     """AUTO-S: w_i = C / (||g_i|| + gamma) (Bu et al. 2022, arXiv:2206.07136).
 

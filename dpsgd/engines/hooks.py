@@ -29,9 +29,10 @@ class Hooks(Engine):
     layers called several times and tied weights are exact. (The older form, full backward hooks,
     fails on in-place activations.)
 
-    Every layer must see the samples in its first dimension, in the order of the batch. That is
-    checked once per batch signature; an order that depends on the data (sorting by length) can slip
-    through a check, so use another engine for it.
+    Every layer must see the samples in its first dimension, in the order of the batch: one row
+    each, or as many rows for each one after another (positions, or views of an image), [B * K,
+    ...]. That is checked once per batch signature; an order that depends on the data (sorting by
+    length) can slip through a check, so use another engine for it.
 
     Raises:
         ValueError: At the first call, if trainable parameters lack a rule (all are listed), a layer
@@ -63,7 +64,7 @@ class Hooks(Engine):
         _check_captured(losses, calls, names)
         grads: dict[str, Tensor] = {}
         for call, g in zip(calls, _output_gradients(losses, calls), strict=True):
-            for name, grad in {} if g is None else _per_sample(call, g, names):
+            for name, grad in {} if g is None else _per_sample(call, g, names, size):
                 grads[name] = grads[name] + grad if name in grads else grad
         for name, p in parameters.items():
             if name not in grads:
@@ -185,7 +186,9 @@ def _check_samples_first(
     ragged = "offsets" in inputs
     shapes = [output.shape] + ([] if ragged else [value.shape for value in inputs.values()])
     least = _least_dims(layer.module)
-    if all(shape[:1] == (size,) for shape in shapes) and output.dim() >= least:
+    rows = {shape[0] if len(shape) else 0 for shape in shapes}
+    whole = rows == {size} or (not ragged and len(rows) == 1 and min(rows) % size == 0 < min(rows))
+    if whole and output.dim() >= least:
         return
     raise ValueError(
         f"Expected '{layer.path}' ({type(layer.module).__name__}) to see the {size} samples in its "
@@ -226,14 +229,16 @@ def _output_gradients(losses: Tensor, calls: list[Call]) -> tuple[Tensor | None,
     return torch.autograd.grad(losses.sum(), edges, allow_unused=True)
 
 
-def _per_sample(call: Call, g: Tensor, names: Mapping[int, str]) -> Iterator[tuple[str, Tensor]]:
+def _per_sample(
+    call: Call, g: Tensor, names: Mapping[int, str], size: int
+) -> Iterator[tuple[str, Tensor]]:
     if any(value._version != version for value, version in call.versions.items()):
         raise ValueError(
             f"The input of '{call.layer.path}' was modified in place after the layer used "
             "it. Replace the in-place operation, or use engine=vmap or engine=loop."
         )
-    single = {n: call.arguments[n].unsqueeze(1) for n in call.samples}
-    captured = rules.Call({**call.arguments, **single}, call.samples, g.unsqueeze(1))
+    apart = {n: call.arguments[n].unflatten(0, (size, -1)) for n in call.samples}
+    captured = rules.Call({**call.arguments, **apart}, call.samples, g.unflatten(0, (size, -1)))
     with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
         for argument in call.rule.weights:
             p = call.arguments[argument]

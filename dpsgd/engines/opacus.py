@@ -82,6 +82,12 @@ class Opacus(Engine):
         norms = {}
         for name, row in rows.items():
             norms[name] = losses.detach().new_zeros(size) if row is None else row.reshape(-1)
+            if len(norms[name]) > size:
+                raise ValueError(
+                    f"Opacus (mode=ghost) takes a norm for each row of '{name}', but the samples "
+                    "have several rows each (views, or positions). Use mode=hooks or another "
+                    "engine."
+                )
             if norms[name].shape != (size,):
                 raise _disagreement(name, self.mode)
         return losses, norms
@@ -207,6 +213,8 @@ def _checked(
     grads = {}
     for name, p in parameters.items():
         row = rows[name]
+        if isinstance(row, Tensor) and len(row) != size and len(row) % size == 0:
+            row = row.unflatten(0, (size, -1)).sum(1)  # several rows for each sample
         if row is not None and (not isinstance(row, Tensor) or row.shape != (size, *p.shape)):
             raise ValueError(
                 f"Opacus gave no per-sample gradient [{size}, *shape] for '{name}': some layer "

@@ -23,6 +23,7 @@ POLICIES = {
     ),
     "automatic": clipping.Automatic(1.0),
     "normalised": clipping.Normalised(1.0),
+    "unit_norm": clipping.UnitNorm(0.5),
     "adaptive": clipping.AdaptiveQuantile(1.0, count_share=0.5),
     "scheduled": clipping.Flat(1.0, schedule={0: 0.5, 1: 2.0}),
 }  # fmt: skip
@@ -61,7 +62,9 @@ def test_the_bound_holds_in_bfloat16(engine, policy):
         assert worlds.moved(first[0], second[0]) <= clip.at(0).sensitivity * LIMIT
 
 
-@pytest.mark.parametrize("policy", ["flat", "per_layer", "grouped", "normalised", "automatic"])
+@pytest.mark.parametrize(
+    "policy", ["flat", "per_layer", "grouped", "normalised", "unit_norm", "automatic"]
+)
 def test_a_large_record_uses_the_bound_up(policy):
     """The bound is not met by clipping more than has to be."""
     x = torch.linspace(-1, 1, 6) * 5
