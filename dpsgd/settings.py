@@ -87,6 +87,14 @@ class Audit:
 
 
 @dataclass
+class Pretraining:
+    """`pretrain.*`."""
+
+    num_steps: int = 600
+    batch_size: int = 128
+
+
+@dataclass
 class Sweep:
     """`sweep.*`."""
 
@@ -124,6 +132,7 @@ SECTIONS: dict[str, type] = {
     "accountant": Accountant,
     "account": Account,
     "audit": Audit,
+    "pretrain": Pretraining,
     "sweep": Sweep,
     "run": Run,
     "checkpoint": Checkpointing,

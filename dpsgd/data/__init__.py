@@ -2,6 +2,7 @@
 
 from dpsgd.data.base import Dataset
 from dpsgd.data.digits import digits
+from dpsgd.data.glyphs import glyphs
 from dpsgd.data.hf import huggingface
 from dpsgd.data.schema import Schema
 from dpsgd.data.stories import stories
@@ -15,6 +16,7 @@ __all__ = [
     "Schema",
     "Users",
     "digits",
+    "glyphs",
     "huggingface",
     "stories",
     "synthetic",

@@ -6,6 +6,7 @@ dimension, and nothing mixes samples (there is no batch normalisation), so every
 """
 
 from dpsgd.models.cnn import CNN
+from dpsgd.models.filters import FilterBank
 from dpsgd.models.hf import huggingface
 from dpsgd.models.linear import Linear
 from dpsgd.models.lstm import LSTM
@@ -13,4 +14,4 @@ from dpsgd.models.mlp import MLP
 from dpsgd.models.transformer import Transformer
 from dpsgd.models.wide_resnet import WideResNet
 
-__all__ = ["CNN", "LSTM", "MLP", "Linear", "Transformer", "WideResNet", "huggingface"]
+__all__ = ["CNN", "LSTM", "MLP", "FilterBank", "Linear", "Transformer", "WideResNet", "huggingface"]
