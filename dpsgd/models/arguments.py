@@ -66,7 +66,7 @@ def make_activation(activation: Activation) -> nn.Module:
         ):
             raise ValueError(
                 "Expected activation={scale: 1.58, inverse_temperature: 3.0, offset: 0.71} with "
-                f"numbers for these three, got {dict(activation)}."
+                f"numbers for these three of a tempered sigmoid, got {dict(activation)}."
             )
         return TemperedSigmoid(**activation)
     if activation not in ACTIVATIONS:
