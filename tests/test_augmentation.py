@@ -60,7 +60,7 @@ def test_norms_of_rows_are_refused_where_a_sample_has_several():
     engine = engines.Opacus(
         CNN((1, 8, 8), 3, [4], 3).double(), losses.MeanOfViews(losses.cross_entropy), mode="ghost"
     )
-    with pytest.raises(ValueError, match="several rows each"):
+    with pytest.raises(ValueError, match="a sample has several rows"):
         engine(image_batch(2))
 
 

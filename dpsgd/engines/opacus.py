@@ -84,9 +84,9 @@ class Opacus(Engine):
             norms[name] = losses.detach().new_zeros(size) if row is None else row.reshape(-1)
             if len(norms[name]) > size:
                 raise ValueError(
-                    f"Opacus (mode=ghost) takes a norm for each row of '{name}', but the samples "
-                    "have several rows each (views, or positions). Use mode=hooks or another "
-                    "engine."
+                    f"Opacus (mode=ghost) gives wrong per-sample gradients for '{name}': it takes "
+                    "a norm for each row, and a sample has several rows (views, or positions). Use "
+                    "mode=hooks or another engine."
                 )
             if norms[name].shape != (size,):
                 raise _disagreement(name, self.mode)
