@@ -165,3 +165,13 @@ def test_products_are_in_float32_at_least(engine, dtype):
     v = {name: grad[0] for name, grad in dense.items()}
     torch.testing.assert_close(grads.dot(v), grads.gram()[0], rtol=0.02, atol=0.02)
     assert grads.dot(v).dtype == torch.float32
+
+
+def test_no_gradient_of_a_convolution_is_formed_for_a_direction(monkeypatch):
+    model, x = nn.Conv2d(2, 3, 3, bias=False, padding=1).double(), torch.randn(4, 2, 9, 9).double()
+    direction = directions(model)
+    dots, _ = expected(model, squares, x, direction)
+    monkeypatch.setattr("dpsgd.engines.ghost.part.KEPT_SHARE", 0.0)
+    grads = engines.Ghost(model, squares)(x)
+    monkeypatch.setattr("dpsgd.rules.conv.Conv.materialize", None)
+    close(grads.dot(direction), dots)
