@@ -1,8 +1,9 @@
 """Files of the repository on the documentation site, and links that work there and in a checkout.
 
-Pages in `docs/` link to `../experiments/...`, `../README.md` and so on, as a reader of the repository
-needs it. Here those files join the site, and the links follow. A link to something that stays behind,
-a program for example, becomes its text; a link to nothing is an error, as every broken link is.
+Pages in `docs/` link to `../experiments/...`, `../README.md` and so on, as a reader of the
+repository needs it. Here those files join the site, and the links follow. A link to something that
+stays behind, a program for example, becomes its text; a link to nothing is an error, as every
+broken link is.
 """
 
 import os
