@@ -96,6 +96,8 @@ class PrivateTrainer(Trainer):
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        if not isinstance(run, PrivateRun):
+            raise ValueError(f"Expected a PrivateRun, got {type(run).__name__}.")
         _check_arguments(args, run.plan.num_steps)
         if run.synthetic_batch is None and run.loss_fn is causal_lm:
             run.synthetic_batch = synthetic_tokens(model)
