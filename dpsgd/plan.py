@@ -12,7 +12,7 @@ import torch
 
 from dpsgd import accounting
 from dpsgd.accounting import AccountantName, Adjacency, Curve, Releases, TradeOff
-from dpsgd.accounting.calibration import solve_noise
+from dpsgd.accounting.calibration import noise_guess, solve_noise
 from dpsgd.accounting.releases import check_delta, check_theorem
 from dpsgd.clipping import Clipping
 from dpsgd.engines import Engine
@@ -277,7 +277,8 @@ def _calibrated(
         )
 
     scale = model.sample_rate * math.sqrt(model.num_steps) * model.movement
-    return solve_noise(spent, target_epsilon, scale, model.target_delta)
+    guess = noise_guess(scale, target_epsilon, model.target_delta)
+    return solve_noise(spent, target_epsilon, guess)
 
 
 def _check_covered(sampler: Sampler, adjacency: str, accountant: str) -> None:

@@ -96,6 +96,15 @@ class Sweep:
 
 
 @dataclass
+class Plan:
+    """`plan.*`."""
+
+    kind: str = "none"
+    epochs: float | None = None
+    max_batch_size: int | None = None
+
+
+@dataclass
 class Account:
     """`account.*`."""
 
@@ -122,6 +131,7 @@ SECTIONS: dict[str, type] = {
     "logger": Logging,
     "accountant": Accountant,
     "account": Account,
+    "plan": Plan,
     "audit": Audit,
     "sweep": Sweep,
     "run": Run,
