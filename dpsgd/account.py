@@ -20,7 +20,7 @@ from dpsgd.components import build
 from dpsgd.ledger import Charged, read
 from dpsgd.plan import PrivacyPlan
 from dpsgd.planning import privacy_plan
-from dpsgd.report import attempts_in_words, caution
+from dpsgd.report import attempts_in_words, between, caution
 from dpsgd.run_directory import KEY, REPORT, charged
 from dpsgd.settings import Plan
 
@@ -107,10 +107,10 @@ def _table(plan: PrivacyPlan) -> Table:
     table.add_row("clipping", f"{type(clipping).__name__}: {clipping.guarantee}")
     table.add_row(
         "sampling",
-        f"{sampler.describe()['sampler'].replace('_', ' ')}, rate {plan.sample_rate:.5g}, expected "
-        f"batch {plan.expected_batch_size:.6g} of {sampler.public_size} {sampler.unit}s",
+        f"{sampler.describe()['sampler'].replace('_', ' ')}, rate {between(plan.rates, 5)}, "
+        f"expected batch {between(plan.batch_sizes, 6)} of {sampler.public_size} {sampler.unit}s",
     )
-    table.add_row("steps", f"{plan.num_steps} ({plan.num_steps * plan.sample_rate:.4g} epochs)")
+    table.add_row("steps", f"{plan.num_steps} ({plan.epochs:.4g} epochs)")
     return table
 
 
