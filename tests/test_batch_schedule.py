@@ -9,6 +9,7 @@ import worlds
 from scipy import stats
 
 from dpsgd import clipping, engines, ledger
+from dpsgd.auditing import Subject, audit_two_worlds
 from dpsgd.auditing.self_checks import sampler_law
 from dpsgd.budget import Budget
 from dpsgd.plan import PrivacyPlan, steps_for
@@ -283,3 +284,21 @@ def test_steps_are_solved_for_along_the_schedule(tmp_path):
     out = account(*given, "account.solve=num_steps", "data.public_size=1000", cwd=tmp_path).stdout
     steps = int(re.search(r"steps\s+│ (\d+)", out)[1])
     assert plan(steps=steps).epsilon() <= 2.0 < plan(steps=steps + 1).epsilon()
+
+
+@pytest.mark.slow
+def test_an_attacker_measures_what_is_claimed_of_a_schedule():
+    """T5: two steps that draw half of the records, and two that draw all."""
+    units = sampler({0: 0.5, 2: 1.0}, rate=1.0, size=worlds.SIZE, key=worlds.KEY)
+    trainer, _ = worlds.trainer(
+        worlds.vectors,
+        engines.Hooks,
+        torch.float32,
+        sampler=units,
+        steps=4,
+        noise_multiplier=1.5,
+        accountant="pld",
+    )
+    found = audit_two_worlds(Subject(trainer), runs=300, steps=4, confidence=0.99, seconds=60)
+    assert found.violated == []
+    assert 0.35 * found.claimed <= found.epsilon_gaussian <= found.claimed
