@@ -105,6 +105,15 @@ class Sweep:
 
 
 @dataclass
+class Plan:
+    """`plan.*`."""
+
+    kind: str = "none"
+    epochs: float | None = None
+    max_batch_size: int | None = None
+
+
+@dataclass
 class Account:
     """`account.*`."""
 
@@ -131,6 +140,7 @@ SECTIONS: dict[str, type] = {
     "logger": Logging,
     "accountant": Accountant,
     "account": Account,
+    "plan": Plan,
     "audit": Audit,
     "pretrain": Pretraining,
     "sweep": Sweep,

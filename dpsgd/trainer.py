@@ -290,6 +290,7 @@ def _check_plan(plan: PrivacyPlan, step: PrivateStep) -> None:
     for name, planned, actual in (
         ("noise_multiplier", plan.noise_multiplier, step.noise_multiplier),
         ("noise_schedule", plan.noise_schedule, step.noise_schedule),
+        ("batch_schedule", plan.sampler.factors, step.batch_schedule),
         ("expected_batch_size", plan.expected_batch_size, step.expected_batch_size),
         ("clipping", plan.clipping, step.clipping),
     ):
