@@ -28,6 +28,7 @@ from dpsgd.config import config_dir, resolve, typed_settings
 from dpsgd.jobs import EXIT_BAD_INPUT
 from dpsgd.lost_peers import LostPeer
 from dpsgd.run_directory import CONFIG, RunDirectory
+from dpsgd.usage import help_of
 
 EXIT_CRASHED = 1
 EXIT_INTERRUPTED = 130
@@ -97,7 +98,10 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     try:
-        main()
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(help_of(config_name) if speaks() else "", flush=True)
+        else:
+            main()
     except BrokenPipeError:  # the reader of our output, head for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except _EXPECTED as error:
@@ -216,6 +220,11 @@ def _explain(error: Exception, config_name: str) -> str:
 
 def _unknown_key(key: str, config_name: str) -> str:
     known = _known_keys(config_name)
+    if key in known:
+        return (
+            f"'{key}' is chosen by name, such as {key}=NAME of a file in the configs, and set by "
+            f"{key}.SETTING=VALUE."
+        )
     parent = key.rpartition(".")[0]
     near = [k for k in known if k.rpartition(".")[2] == key]
     near = near or difflib.get_close_matches(key, known, n=3)

@@ -21,7 +21,11 @@ EXCLUSIVE = (
 )
 """Settings of which one decides the other: an explicit one unsets the other one's default."""
 
-_KEPT_OF_OPTIMIZER = {"_target_", "_partial_", "lr"}
+_KEPT_OF_TARGETS = {
+    "optimizer": {"_target_", "_partial_", "lr"},
+    "schedule": {"_target_", "_partial_"},
+}
+"""What stays of a component's settings where another `_target_` is typed, without its group."""
 
 
 def config_dir() -> Path:
@@ -47,10 +51,11 @@ def resolve(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     solving = OmegaConf.select(config, "account.solve") is not None
     for pair in EXCLUSIVE[1:] if solving else EXCLUSIVE:  # to solve for steps takes both of these
         _decide(config, pair, typed)
-    if "optimizer" in config and "optimizer._target_" in typed and "optimizer" not in typed:
-        for key in set(config.optimizer) - _KEPT_OF_OPTIMIZER:
-            if f"optimizer.{key}" not in typed:
-                del config.optimizer[key]
+    for name, kept in _KEPT_OF_TARGETS.items():
+        if name in config and f"{name}._target_" in typed and name not in typed:
+            for key in set(config[name]) - kept:
+                if f"{name}.{key}" not in typed:
+                    del config[name][key]
     return _checked(config)
 
 
