@@ -40,6 +40,8 @@ def account(config: DictConfig, console: Console, typed: Sequence[str] = ()) -> 
     Raises:
         ValueError: If the plan is unsound, or the picture cannot be written.
     """
+    if config.resume is not None:
+        raise ValueError("Expected ledger=RUN_DIR to account for a run, got resume=RUN_DIR.")
     parts = build(config, ("clipping", "sampler"))
     if config.plan.kind == "compute":
         return compare_batches(config, parts["sampler"], parts["clipping"], console, typed)

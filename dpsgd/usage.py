@@ -13,7 +13,7 @@ from dpsgd.config import config_dir
 
 _OWN = "hydra", "defaults"
 _WIDTH = 100
-_FOOT = """A choice is typed as NAME=OPTION, a setting as NAME=VALUE, one of a choice as engine.chunk_size=16.
+_FOOT = """A choice is typed as NAME=OPTION, a setting as NAME=VALUE, that of a choice as model.pool=2.
   python -m dpsgd.{name} --cfg job      every setting of a command, without running it
   python -m dpsgd.{name} --hydra-help   what else Hydra can do
 Pages with examples: docs/quickstart.md, docs/configuration.md, docs/troubleshooting.md."""
@@ -64,10 +64,9 @@ def _group(group: str, chosen: str | None) -> str:
     lines = []
     for file in options:
         mark = "*" if file.stem == chosen else " "
-        words = f"  {mark} {group}={file.stem:<{width}}  "
-        lines.append(
-            words + textwrap.shorten(_sentence(file), _WIDTH - len(words), placeholder="...")
-        )
+        left = f"  {mark} {group}={file.stem:<{width}}  "
+        room = _WIDTH - len(left)
+        lines.append(left + textwrap.shorten(_sentence(file), room, placeholder="..."))
     return "\n".join(lines)
 
 
