@@ -3,6 +3,7 @@
 from dpsgd.data.base import Dataset
 from dpsgd.data.digits import digits
 from dpsgd.data.hf import huggingface
+from dpsgd.data.labelled_text import labelled_text
 from dpsgd.data.schema import Schema
 from dpsgd.data.stories import stories
 from dpsgd.data.synthetic import synthetic
@@ -16,6 +17,7 @@ __all__ = [
     "Users",
     "digits",
     "huggingface",
+    "labelled_text",
     "stories",
     "synthetic",
     "tensors",

@@ -11,6 +11,16 @@ from dpsgd.models.linear import Linear
 from dpsgd.models.lstm import LSTM
 from dpsgd.models.mlp import MLP
 from dpsgd.models.transformer import Transformer
+from dpsgd.models.tutorial_cnn import TutorialCNN
 from dpsgd.models.wide_resnet import WideResNet
 
-__all__ = ["CNN", "LSTM", "MLP", "Linear", "Transformer", "WideResNet", "huggingface"]
+__all__ = [
+    "CNN",
+    "LSTM",
+    "MLP",
+    "Linear",
+    "Transformer",
+    "TutorialCNN",
+    "WideResNet",
+    "huggingface",
+]
