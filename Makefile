@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train scaling test test-all test-faults test-gpu dependencies mutations audit lint bench digits lm clean
+.PHONY: help train scaling test test-all test-faults test-gpu dependencies mutations audit lint docs docs-serve bench digits lm clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,6 +54,12 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(STAMP)  ## build the documentation site into site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+docs-serve: $(STAMP)  ## show the documentation while you write it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --strict $(ARGS)
+
 bench: $(STAMP)  ## compare what the engines cost (ARGS="model=mlp bench.batch_size=64 ...")
 	$(BIN)/python -m dpsgd.bench $(ARGS)
 
@@ -67,5 +73,5 @@ lm: $(STAMP)  ## the study experiments/lm: perplexity at epsilon 1, 3 and 8, LoR
 	$(BIN)/python experiments/lm/run.py
 
 clean:  ## remove the environment and caches; keeps runs/
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

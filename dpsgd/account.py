@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,37 @@ from rich.console import Console
 from rich.table import Table
 
 from dpsgd import accounting, cli, rng
-from dpsgd.account_chart import save_chart
+from dpsgd.account_chart import save_chart, written
+from dpsgd.account_compute import compare_batches
 from dpsgd.components import build
 from dpsgd.ledger import Charged, read
 from dpsgd.plan import PrivacyPlan
 from dpsgd.planning import privacy_plan
-from dpsgd.report import attempts_in_words, caution
+from dpsgd.report import attempts_in_words, between, caution
 from dpsgd.run_directory import KEY, REPORT, charged
+from dpsgd.settings import Plan
 
 _RATES = (0.001, 0.01, 0.1)
 _TOLERANCE = 1e-9
 EXIT_MISMATCH = 1
 
 
-def account(config: DictConfig, console: Console) -> PrivacyPlan:
+def account(config: DictConfig, console: Console, typed: Sequence[str] = ()) -> PrivacyPlan:
     """Prints and returns the plan of a configuration; draws it if a file is named.
 
     Args:
         config: A resolved configuration.
         console: Where the table goes.
+        typed: What the user typed, for commands that are suggested.
 
     Raises:
         ValueError: If the plan is unsound, or the picture cannot be written.
     """
     parts = build(config, ("clipping", "sampler"))
+    if config.plan.kind == "compute":
+        return compare_batches(config, parts["sampler"], parts["clipping"], console, typed)
+    if config.plan != Plan():
+        raise ValueError(f"Expected plan=compute or no setting of plan, got plan={config.plan}.")
     sampler = parts["sampler"](key=rng.fresh_key())  # draws nothing
     plan = privacy_plan(config, sampler, parts["clipping"], config.account.solve)
     console.print(_table(plan))
@@ -44,13 +52,8 @@ def account(config: DictConfig, console: Console) -> PrivacyPlan:
         console.print(caution(plan.sampler.caution))
     if config.account.plot is not None:
         path = Path(config.account.plot)
-        try:
+        with written(path):
             save_chart(plan, path)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"Expected account.plot to be a .png, .pdf or .svg file that can be written, got "
-                f"'{path}': {error}"
-            ) from error
         console.print(f"drawn in {path}")
     return plan
 
@@ -104,10 +107,10 @@ def _table(plan: PrivacyPlan) -> Table:
     table.add_row("clipping", f"{type(clipping).__name__}: {clipping.guarantee}")
     table.add_row(
         "sampling",
-        f"{sampler.describe()['sampler'].replace('_', ' ')}, rate {plan.sample_rate:.5g}, expected "
-        f"batch {plan.expected_batch_size:.6g} of {sampler.public_size} {sampler.unit}s",
+        f"{sampler.describe()['sampler'].replace('_', ' ')}, rate {between(plan.rates, 5)}, "
+        f"expected batch {between(plan.batch_sizes, 6)} of {sampler.public_size} {sampler.unit}s",
     )
-    table.add_row("steps", f"{plan.num_steps} ({plan.num_steps * plan.sample_rate:.4g} epochs)")
+    table.add_row("steps", f"{plan.num_steps} ({plan.epochs:.4g} epochs)")
     return table
 
 
@@ -178,7 +181,7 @@ def main() -> None:
 
     def task(config: DictConfig) -> None:
         if config.ledger is None:
-            account(config, console)
+            account(config, console, cli.typed())
         elif not verify(Path(config.ledger).expanduser(), console):
             sys.exit(EXIT_MISMATCH)
 

@@ -106,7 +106,7 @@ class CropFlip(Augmentation):
         columns = right[..., None] + torch.arange(width, device=x.device)  # [n, K, W]
         rows = down[..., None] + torch.arange(height, device=x.device)
         if self.flip:
-            columns = torch.where((random[..., 2] < 0.5)[..., None], columns, columns.flip(-1))
+            columns = torch.where((random[..., 2] < 0.5)[..., None], columns.flip(-1), columns)
         padded = F.pad(images, [self.padding] * 4, mode="reflect")
         shape = (n, k, channels, height, padded.shape[-1])
         taken = padded[:, None].expand(n, k, *padded.shape[1:])

@@ -156,6 +156,11 @@ def resumed(config: DictConfig) -> DictConfig:
     return resolve(stored, [])
 
 
+def typed() -> list[str]:
+    """Returns what the user typed, `key=value` each."""
+    return list(HydraConfig.get().overrides.task)
+
+
 def in_sweep() -> bool:
     """Whether the command is one of several jobs, of `-m`."""
     return bool(HydraConfig.get().mode == RunMode.MULTIRUN)

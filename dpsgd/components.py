@@ -18,9 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from dpsgd.models.trainable import train_only
 from dpsgd.settings import COMPONENTS
 
-_RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_", "init_from"}
+_OURS = "init_from", "trainable"
+_RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_", *_OURS}
 
 
 def build(config: DictConfig, names: tuple[str, ...] = COMPONENTS) -> dict[str, Any]:
@@ -45,6 +47,9 @@ def build(config: DictConfig, names: tuple[str, ...] = COMPONENTS) -> dict[str, 
             cause = error.__cause__ or error
             words = cause if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}"
             raise ValueError(f"Cannot build {name}: {words}") from error
+        trainable = config[name].get("trainable")
+        if trainable is not None and isinstance(parts[name], nn.Module):
+            train_only(parts[name], trainable)
     return parts
 
 
@@ -95,7 +100,8 @@ def _arguments(config: DictConfig, name: str) -> dict[str, Any]:
         raise ValueError(f"These settings have no default: {settings}.") from error
     if not isinstance(resolved, dict) or "_target_" not in resolved:
         raise ValueError(f"Expected '{name}' to name a component by _target_, got {resolved!r}.")
-    resolved.pop("init_from", None)
+    for ours in _OURS:
+        resolved.pop(ours, None)
     target = _locate(name, resolved["_target_"])
     _check_arguments(name, target, resolved)
     return resolved

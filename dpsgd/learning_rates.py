@@ -6,6 +6,7 @@ A table has no state: a run that goes on at some step has the rates that it woul
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -105,8 +106,7 @@ def tabulated(
 
     Args:
         schedule: Returns the scheduler of an optimizer.
-        optimizer: An optimizer with the figures of the real one, over a parameter of no use: it is
-            stepped.
+        optimizer: An optimizer with the figures of the real one, over a parameter of no use.
         num_steps: Steps of the run.
 
     Raises:
@@ -121,9 +121,10 @@ def tabulated(
     (group,) = optimizer.param_groups
     table = [_figures(group)]
     while len(table) < num_steps:
-        optimizer.step()
         try:
-            scheduler.step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the optimizer takes no step
+                scheduler.step()
         except ValueError as error:
             raise ValueError(f"Expected a schedule of {num_steps} steps, got: {error}") from error
         table.append(_figures(group))

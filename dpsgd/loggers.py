@@ -118,15 +118,15 @@ def history(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def speed_scalar(steps: int, expected_batch_size: float, seconds: float) -> dict[str, float]:
+def speed_scalar(expected_records: float, seconds: float) -> dict[str, float]:
     """Returns the speed averaged over the whole run, to be published once, at its end.
 
     Args:
-        steps: Steps taken.
-        expected_batch_size: Of the privacy plan; the drawn sizes are private.
+        expected_records: As many as the steps taken draw on average, by the privacy plan; the
+            drawn numbers are private.
         seconds: Time that they took together.
     """
-    return {"speed/expected_records_per_second": expected_batch_size * steps / max(seconds, 1e-9)}
+    return {"speed/expected_records_per_second": expected_records / max(seconds, 1e-9)}
 
 
 def public_scalars(report: StepReport) -> dict[str, float]:

@@ -75,7 +75,7 @@ def most_rows(plan: PrivacyPlan) -> int:
 
     It follows from the plan alone, never from a drawn batch.
     """
-    expected = min(math.ceil(plan.expected_batch_size), plan.sampler.largest_batch())
+    expected = min(math.ceil(plan.batch_sizes[1]), plan.sampler.largest_batch())
     return 1 << (max(1, expected) - 1).bit_length()
 
 

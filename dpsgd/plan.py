@@ -12,7 +12,7 @@ import torch
 
 from dpsgd import accounting
 from dpsgd.accounting import AccountantName, Adjacency, Curve, Releases, TradeOff
-from dpsgd.accounting.calibration import solve_noise
+from dpsgd.accounting.calibration import noise_guess, solve_noise
 from dpsgd.accounting.releases import check_delta, check_theorem
 from dpsgd.clipping import Clipping
 from dpsgd.engines import Engine
@@ -137,14 +137,35 @@ class PrivacyPlan:
 
     @property
     def sample_rate(self) -> float:
-        """Expected share of the units that join a step."""
+        """Expected share of the units that join a step, before the sampler's factors."""
         return self.sampler.rate
 
     @property
     def expected_batch_size(self) -> float:
-        """The public divisor of every sum."""
+        """The public divisor of every sum, before the sampler's factors."""
         assert self.sampler.expected_batch_size is not None
         return self.sampler.expected_batch_size
+
+    def expected_batch_size_at(self, step: int) -> float:
+        """Returns the public divisor of a step's sum."""
+        return self.expected_batch_size * self.sampler.factors(step)
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The least and the largest sample rate of a step."""
+        least, largest = self.sampler.factors.extremes(self.num_steps)
+        return self.sample_rate * least, self.sample_rate * largest
+
+    @property
+    def batch_sizes(self) -> tuple[float, float]:
+        """The least and the largest expected batch size of a step."""
+        least, largest = self.sampler.factors.extremes(self.num_steps)
+        return self.expected_batch_size * least, self.expected_batch_size * largest
+
+    @property
+    def epochs(self) -> float:
+        """How often a unit joins a step, on average."""
+        return self.sample_rate * self.sampler.factors.total(self.num_steps)
 
     @property
     def movement(self) -> float:
@@ -220,6 +241,7 @@ class PrivacyPlan:
             noise_multiplier=self.noise_multiplier,
             expected_batch_size=self.expected_batch_size,
             noise_schedule=self.noise_schedule,
+            batch_schedule=self.sampler.factors,
             num_steps=self.num_steps,
             parallel=parallel,
         )
@@ -244,7 +266,7 @@ class PrivacyPlan:
         return Curve(self.epsilon, self.num_steps)
 
 
-def steps_for(epochs: float, sample_rate: float) -> int:
+def steps_for(epochs: float, sample_rate: float, schedule: Schedule = CONSTANT) -> int:
     """Returns the number of steps after which a record has joined `epochs` times on average.
 
     Rounded up, so that no fraction of an epoch is lost.
@@ -254,7 +276,7 @@ def steps_for(epochs: float, sample_rate: float) -> int:
     """
     if not (math.isfinite(epochs) and epochs > 0):
         raise ValueError(f"Expected a finite number of epochs > 0, got {epochs}.")
-    return math.ceil(epochs / sample_rate - 1e-9)
+    return schedule.steps_for(epochs / sample_rate)
 
 
 def _probe(noise_schedule: Schedule) -> float:
@@ -277,7 +299,8 @@ def _calibrated(
         )
 
     scale = model.sample_rate * math.sqrt(model.num_steps) * model.movement
-    return solve_noise(spent, target_epsilon, scale, model.target_delta)
+    guess = noise_guess(scale, target_epsilon, model.target_delta)
+    return solve_noise(spent, target_epsilon, guess)
 
 
 def _check_covered(sampler: Sampler, adjacency: str, accountant: str) -> None:

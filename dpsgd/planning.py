@@ -44,11 +44,13 @@ def privacy_plan(
         raise ValueError(f"Expected account.solve to be num_steps or sample_rate, got '{solve}'.")
     if solve is not None and privacy.noise_multiplier is None:
         raise ValueError(f"Expected privacy.noise_multiplier to solve for {solve}, got null.")
+    if num_steps is None:
+        num_steps = steps_for(epochs, sampler.rate, sampler.factors)
     schedule = privacy.noise_schedule
     given = PrivacyPlan.make(
         sampler,
         clipping,
-        num_steps=steps_for(epochs, sampler.rate) if num_steps is None else num_steps,
+        num_steps=num_steps,
         target_delta=privacy.target_delta,
         target_epsilon=privacy.target_epsilon if solve is None else None,
         noise_multiplier=privacy.noise_multiplier,
@@ -81,10 +83,25 @@ def _solved(plan: PrivacyPlan, solve: str, target_epsilon: float | None) -> Priv
     if solve == "num_steps":
         steps = solve_steps(lambda number: spent(plan.sampler, number), target_epsilon)
         return replace(plan, num_steps=steps)
-    if type(plan.sampler).releases is not Poisson.releases:
-        raise ValueError(
-            f"Expected sampler=poisson or user_poisson to solve for sample_rate, got "
-            f"{type(plan.sampler).__name__}. Solve for num_steps."
-        )
+    check_rate_is_free(plan.sampler, "solve for sample_rate")
     rate = solve_rate(lambda rate: spent(at_rate(rate), plan.num_steps), target_epsilon)
     return replace(plan, sampler=at_rate(rate))
+
+
+def check_rate_is_free(sampler: Sampler, purpose: str) -> None:
+    """Raises unless the rate of a sampler can be anything, and is all that its releases depend on.
+
+    Args:
+        sampler: The sampler.
+        purpose: What its rate is varied for, in words.
+    """
+    if type(sampler).releases is not Poisson.releases:
+        raise ValueError(
+            f"Expected sampler=poisson or user_poisson to {purpose}, got {type(sampler).__name__}: "
+            "its releases do not follow from its rate alone."
+        )
+    if sampler.factors != CONSTANT:
+        raise ValueError(
+            f"Expected one rate for all steps to {purpose}, got a schedule. Leave out "
+            "sampler.schedule."
+        )

@@ -61,6 +61,7 @@ class PrivateStep:
         expected_batch_size: The public divisor, sample_rate times the public size of the data,
             never the size of the drawn batch.
         noise_schedule: Factors of the noise multiplier by step.
+        batch_schedule: Factors of the expected batch size by step, those of the sample rate.
         num_steps: The budget: no more releases than these. None sets no limit.
         parallel: How several processes take the step together, `dpsgd.parallel.ddp()` for example:
             each accumulates its own share of the batch, and all release. One process by default.
@@ -83,6 +84,7 @@ class PrivateStep:
         noise_multiplier: float,
         expected_batch_size: float,
         noise_schedule: Schedule = CONSTANT,
+        batch_schedule: Schedule = CONSTANT,
         num_steps: int | None = None,
         parallel: Parallel | None = None,
     ) -> None:
@@ -111,6 +113,7 @@ class PrivateStep:
         self.noise_multiplier = noise_multiplier
         self.expected_batch_size = expected_batch_size
         self.noise_schedule = noise_schedule
+        self.batch_schedule = batch_schedule
         self.num_steps = num_steps
         self.parallel = parallel
         self.step = 0
@@ -191,11 +194,12 @@ class PrivateStep:
         offsets[_STATISTIC] = sum(p.numel() for p in parameters.values())
         noise_multiplier = self.noise_multiplier * self.noise_schedule(step)
         self.noise.add_(released, noise_multiplier * clipping.sensitivity, step, offsets)
+        divisor = self.expected_batch_size * self.batch_schedule(step)
         if statistic is not None:
-            self.clipping = clipping.learned(statistic, self.expected_batch_size)
+            self.clipping = clipping.learned(statistic, divisor)
         self.optimizer.zero_grad(set_to_none=True)  # no gradient but the private ones is stepped
         for name, p in parameters.items():
-            p.grad = self.parallel.gradient(p, sums[name].div_(self.expected_batch_size))
+            p.grad = self.parallel.gradient(p, sums[name].div_(divisor))
         self.optimizer.step()
 
     def _check_pass(self, batch: Batch) -> None:
@@ -252,6 +256,7 @@ class PrivateStep:
             "noise_multiplier": self.noise_multiplier,
             "noise_schedule": self.noise_schedule,
             "expected_batch_size": self.expected_batch_size,
+            "batch_schedule": self.batch_schedule,
             "num_steps": self.num_steps,
             "step": self.step,
             "optimizer": self.optimizer,

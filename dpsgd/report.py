@@ -104,6 +104,8 @@ def _guarantee(plan: PrivacyPlan, charged: Charged) -> dict[str, Any]:
         "sampling": sampler.describe(),
         "sample_rate": plan.sample_rate,
         "expected_batch_size": plan.expected_batch_size,
+        "sample_rates": list(plan.rates),
+        "expected_batch_sizes": list(plan.batch_sizes),
         "public_size": sampler.public_size,
     }
 
@@ -166,8 +168,9 @@ def summary(report: Mapping[str, Any], folder: str) -> RenderableType:
     )
     table.add_row(
         "sampling",
-        f"{report['sampling']['sampler'].replace('_', ' ')}, rate {report['sample_rate']:.4g}, "
-        f"expected batch {report['expected_batch_size']:.1f}",
+        f"{report['sampling']['sampler'].replace('_', ' ')}, "
+        f"rate {between(report['sample_rates'], 4)}, "
+        f"expected batch {between(report['expected_batch_sizes'], 5)}",
     )
     steps = f"{report['steps']} of {report['planned_steps']}"
     table.add_row("steps", f"{steps}{timed(report)}")
@@ -177,6 +180,12 @@ def summary(report: Mapping[str, Any], folder: str) -> RenderableType:
     table.add_row("engine", f"{report['engine']} on {where(report)} (parameters: {ways})")
     table.add_row("saved in", folder)
     return Group(banner(report["not_private_because"]), table) if not report["private"] else table
+
+
+def between(ends: Sequence[float], digits: int) -> str:
+    """Returns the least and the largest number in words, or the one number that both are."""
+    least, largest = (f"{end:.{digits}g}" for end in ends)
+    return least if least == largest else f"{least} to {largest}"
 
 
 def timed(report: Mapping[str, Any]) -> str:

@@ -81,6 +81,9 @@ def html_report(report: Mapping[str, Any], config: str) -> str:
             guarantee=_guarantee(report),
             sweep=report.get("sweep"),
             noise=_by_step(report["noise_multiplier"], report["noise_schedule"]),
+            batches=_by_step(
+                report["expected_batch_size"], report["sampling"].get("schedule", {"0": 1.0})
+            ),
             norms=_by_step(report["max_grad_norm"], report.get("clipping_schedule", {"0": 1.0})),
             metric=metric,
             metrics=found,

@@ -148,7 +148,9 @@ def _steps(
                 save()
         seconds = time.perf_counter() - began
         if first < trainer.step.step == until:
-            speed = speed_scalar(until - first, trainer.plan.expected_batch_size, seconds)
+            plan, factors = trainer.plan, trainer.plan.sampler.factors
+            steps = factors.total(until) - factors.total(first)
+            speed = speed_scalar(steps * plan.expected_batch_size, seconds)
             for logger in (lines, *public):
                 logger.log(until, speed)
     return seconds

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,43 @@ class Schedule:
             for start, end in zip(starts, ends, strict=True)
             if end > start
         ]
+
+    def split(
+        self, runs: Sequence[tuple[float, int]], start: int = 0
+    ) -> Iterator[tuple[float, float, int]]:
+        """Yields (factor, value, count) of runs of a value, cut where the factor changes.
+
+        Args:
+            runs: Values in the order of the steps, each with the number of steps it lasts.
+            start: The step of the first of them.
+        """
+        step, changes = start, list(self.factors)
+        for value, count in runs:
+            end = step + count
+            while step < end:
+                place = bisect_right(changes, step)
+                until = end if place == len(changes) else min(end, changes[place])
+                yield self(step), value, until - step
+                step = until
+
+    def total(self, num_steps: int) -> float:
+        """Returns the sum of the factors of the first num_steps steps."""
+        return sum(factor * count for factor, count in self.runs(num_steps))
+
+    def steps_for(self, total: float) -> int:
+        """Returns the least number of steps whose factors add up to at least a total >= 0."""
+        starts = list(self.factors)
+        for start, end in zip(starts, [*starts[1:], math.inf], strict=True):
+            within = self.factors[start] * (end - start)
+            if total <= within + _ROUNDING:
+                return start + max(0, math.ceil(total / self.factors[start] - _ROUNDING))
+            total -= within
+        raise AssertionError("the last factor lasts for ever")
+
+    def extremes(self, num_steps: int) -> tuple[float, float]:
+        """Returns the least and the largest factor of the first num_steps steps."""
+        factors = [factor for factor, _ in self.runs(num_steps)]
+        return min(factors), max(factors)
 
 
 CONSTANT = Schedule({0: 1.0})

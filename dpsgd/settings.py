@@ -87,6 +87,14 @@ class Audit:
 
 
 @dataclass
+class Pretraining:
+    """`pretrain.*`."""
+
+    num_steps: int = 600
+    batch_size: int = 128
+
+
+@dataclass
 class Sweep:
     """`sweep.*`."""
 
@@ -94,6 +102,15 @@ class Sweep:
     over: Any = None
     mean: float = 1.0
     shape: float = 0.0
+
+
+@dataclass
+class Plan:
+    """`plan.*`."""
+
+    kind: str = "none"
+    epochs: float | None = None
+    max_batch_size: int | None = None
 
 
 @dataclass
@@ -123,7 +140,9 @@ SECTIONS: dict[str, type] = {
     "logger": Logging,
     "accountant": Accountant,
     "account": Account,
+    "plan": Plan,
     "audit": Audit,
+    "pretrain": Pretraining,
     "sweep": Sweep,
     "run": Run,
     "checkpoint": Checkpointing,

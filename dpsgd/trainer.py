@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +100,7 @@ class Trainer:
         if not step.engine.model.training:
             raise ValueError("Expected the model in train mode, got eval mode: call model.train().")
         _check_plan(plan, step)
-        _check_size(plan.sampler, data)
+        check_size(plan.sampler, data)
         self.step = step
         self.plan = plan
         self.physical_batch_size = physical_batch_size
@@ -252,7 +252,10 @@ class Trainer:
             if self.recipe.augmentation is not None:
                 batch = self.recipe.augmentation(batch, self._seed_of_views, number, rows[part])
             count = len(rows[part])
-            yield map_tensors(partial(_pad, rows=size - count), batch), torch.arange(size) < count
+            yield (
+                map_tensors(partial(pad_rows, rows=size - count), batch),
+                torch.arange(size) < count,
+            )
 
     def _report(self, last: int, contributions: list[Contribution], drawn: int) -> StepReport:
         step, parallel, engine = self.step.step, self.step.parallel, self.step.engine
@@ -278,7 +281,7 @@ class Trainer:
         )
 
 
-def _pad(tensor: Tensor, rows: int) -> Tensor:
+def pad_rows(tensor: Tensor, rows: int) -> Tensor:
     """Appends rows of zeros, which the mask silences."""
     return torch.cat([tensor, tensor.new_zeros((rows, *tensor.shape[1:]))]) if rows else tensor
 
@@ -287,6 +290,7 @@ def _check_plan(plan: PrivacyPlan, step: PrivateStep) -> None:
     for name, planned, actual in (
         ("noise_multiplier", plan.noise_multiplier, step.noise_multiplier),
         ("noise_schedule", plan.noise_schedule, step.noise_schedule),
+        ("batch_schedule", plan.sampler.factors, step.batch_schedule),
         ("expected_batch_size", plan.expected_batch_size, step.expected_batch_size),
         ("clipping", plan.clipping, step.clipping),
     ):
@@ -313,7 +317,7 @@ def _check_loss(loss_fn: LossFn, sampler: Sampler, recipe: Recipe) -> None:
         )
 
 
-def _check_size(sampler: Sampler, data: Dataset) -> None:
+def check_size(sampler: Sampler, data: Sized) -> None:
     """Raises if the guarantee needs the declared size to be the true one, and it is not."""
     if sampler.size_is_public and len(data) != sampler.public_size:
         raise ValueError(

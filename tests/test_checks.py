@@ -258,6 +258,12 @@ class Wrong(engines.PerSampleGrads):
             for name, grad in self.grads._materialize().items()
         }
 
+    def _dot(self, direction):
+        return self.grads._dot(direction)
+
+    def _gram(self, names):
+        return self.grads._gram(names)
+
     def _routes(self):
         return self.grads._routes()
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpsgd.clipping import Flat
+from dpsgd.clipping import Flat, UnitNorm
 
 
 @given(
@@ -34,3 +34,16 @@ def test_one_group_and_its_sensitivity():
 def test_a_senseless_bound_is_refused(bound):
     with pytest.raises(ValueError, match="max_grad_norm"):
         Flat(bound)
+
+
+@given(norms=st.lists(st.floats(0, 1e6), min_size=1, max_size=20), bound=st.floats(1e-3, 1e3))
+def test_unit_norm_is_flat_divided_by_c(norms, bound):
+    column = torch.tensor(norms, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(UnitNorm(bound)(column), Flat(bound)(column) / bound)
+    assert UnitNorm(bound).sensitivity == 1
+    assert (UnitNorm(bound)(column) * column <= 1 + 1e-12).all()
+
+
+def test_a_clip_norm_that_clips_everything_does_not_change_a_unit_norm_update():
+    norms = torch.tensor([[3.0], [4.0]])
+    assert torch.equal(UnitNorm(1.0)(norms), UnitNorm(0.01)(norms))

@@ -18,6 +18,7 @@ GROUPS = sorted(path.name for path in config_dir().iterdir() if path.is_dir())
 CHOICES = [
     (group, path.stem)
     for group in GROUPS
+    if group != "plan"  # of dpsgd.account
     for path in sorted((config_dir() / group).glob("*.yaml"))
     if (group, path.stem)
     not in {("data", name) for name in ("tensors", "hf", "text", "labelled_text")}  # want a file
@@ -57,9 +58,9 @@ WORDS = [
 ]
 
 
-def composed(*overrides):
+def composed(*overrides, name="train"):
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return resolve(compose("train", overrides=list(overrides)), overrides)
+        return resolve(compose(name, overrides=list(overrides)), overrides)
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)
@@ -71,6 +72,14 @@ def test_every_choice_composes_and_builds(group, choice):
         return
     parts = build(config)
     assert set(parts) >= {"model", "data", "engine", "loss", "clipping", "noise", "sampler"}
+
+
+def test_a_compute_plan_leaves_steps_and_batch_size_open():
+    config = composed("plan=compute", "experiment=digits_epsilon_3", name="account")
+    assert config.plan.kind == "compute"
+    assert config.trainer.num_steps is config.trainer.epochs is None
+    assert config.sampler.sample_rate is config.sampler.expected_batch_size is None
+    assert composed(name="account").plan.kind == "none"
 
 
 @pytest.mark.parametrize("engine", ["loop", "hooks", "vmap", "opacus", "ghost"])

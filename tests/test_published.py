@@ -33,6 +33,7 @@ CIFAR = {
     "data.public_size": 50000,
     "model.width": 4,
     "model.groups": 16,
+    "model.weight_standardisation": True,
     "augmentation._target_": "dpsgd.augmentation.CropFlip",
     "augmentation.multiplicity": 16,
     "augmentation.padding": 4,

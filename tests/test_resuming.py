@@ -13,6 +13,7 @@ import pytest
 import runs
 from command_line import ROOT, Running, command, environment
 
+from dpsgd import accounting
 from dpsgd.run_directory import charged
 
 FRESH = [word for word in runs.SHORT if word != runs.KEY]
@@ -348,6 +349,26 @@ def test_every_attempt_keeps_to_the_budget_also_when_it_is_resumed(tmp_path):
     assert "3 steps from step 0 on, then 4 steps from step 2 on" in page
     assert "ended early, where the budget did" in page
     assert rates == [0.2, 0.2, 0.05, 0.05, 0.05, 0.05], "what is typed has an effect"
+
+
+def test_a_schedule_of_the_batch_goes_on_where_it_was(tmp_path):
+    """Interrupted before the change, it is what an undisturbed run is, and charged as such."""
+    growing = "sampler.schedule={0:0.5,4:2.0}"
+    (tmp_path / "whole").mkdir()
+    runs.finish(tmp_path / "whole", growing)
+    stopped(tmp_path, growing)
+    resumed(tmp_path)
+    assert runs.model(tmp_path) == runs.model(tmp_path / "whole")
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert report["sampling"]["schedule"] == {"0": 0.5, "4": 2.0}
+    figures = {"noise_multiplier": 5.0, "delta": 1e-5, "accountant": "rdp"}
+    early = accounting.epsilon(sample_rate=0.05, num_steps=4, **figures)
+    late = accounting.epsilon(sample_rate=0.2, num_steps=3, **figures)
+    assert max(early, late) < report["epsilon"] < early + late
+    assert charged(tmp_path / "r").epsilon() == report["epsilon"]
+    assert "agrees" in command("ledger=r", cwd=tmp_path, module="dpsgd.account").stdout
+    page = " ".join(re.sub("<[^>]*>", " ", (tmp_path / "r" / "report.html").read_text()).split())
+    assert "expected batch size 71.85 from the start, 287.4 after 4 steps" in page
 
 
 def test_another_optimizer_begins_without_a_state(tmp_path):

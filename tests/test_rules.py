@@ -40,10 +40,20 @@ def check(layer, x, engine_classes=(engines.Hooks, engines.Ghost)):
                 close(grads.norms(groups), reference.norms(groups))
                 close(grads.materialize(), expected)
                 close(grads.weighted_sum(weights), reference.weighted_sum(weights))
+                check_products(grads, reference)
     for strategy in STRATEGIES:
         grads = engines.Ghost(layer, squares, strategy=strategy)(x)
         close(grads.norms(groups), reference.norms(groups))
         close(grads.weighted_sum(weights), reference.weighted_sum(weights))
+
+
+def check_products(grads, reference):
+    direction = reference.weighted_sum(torch.ones(len(reference.losses)))
+    close = functools.partial(torch.testing.assert_close, rtol=1e-10)
+    expected = reference.gram()
+    close(grads.gram(), expected, atol=1e-10 * max(expected.abs().max().item(), 1e-6))
+    expected = reference.dot(direction)
+    close(grads.dot(direction), expected, atol=1e-10 * max(expected.abs().max().item(), 1e-6))
 
 
 @drawn

@@ -1,5 +1,6 @@
 """Privacy accounting, all of it by Google's dp-accounting."""
 
+from dpsgd.accounting.batch_choice import BatchChoice, batch_choices, recommended
 from dpsgd.accounting.calibration import (
     calibrate_noise_multiplier,
     calibrate_num_steps,
@@ -13,10 +14,12 @@ from dpsgd.accounting.tradeoff import TradeOff, gaussian_epsilon, mu_of, tradeof
 __all__ = [
     "AccountantName",
     "Adjacency",
+    "BatchChoice",
     "Curve",
     "Releases",
     "TradeOff",
     "as_event",
+    "batch_choices",
     "calibrate_noise_multiplier",
     "calibrate_num_steps",
     "calibrate_sample_rate",
@@ -27,5 +30,6 @@ __all__ = [
     "mu_of",
     "neighbouring",
     "random_stopping_epsilon",
+    "recommended",
     "tradeoff_of",
 ]

@@ -50,7 +50,7 @@ def calibrate_noise_multiplier(
     """
     check_rate(sample_rate)
     check_steps(num_steps)
-    _check(target_epsilon, delta, accountant, adjacency)
+    check_target(target_epsilon, delta, accountant, adjacency)
     if num_steps == 0 or sample_rate == 0:
         raise ValueError("Expected num_steps >= 1 and sample_rate > 0 to calibrate noise.")
 
@@ -64,7 +64,8 @@ def calibrate_noise_multiplier(
             adjacency=adjacency,
         )
 
-    return solve_noise(spent, target_epsilon, sample_rate * math.sqrt(num_steps), delta)
+    guess = noise_guess(sample_rate * math.sqrt(num_steps), target_epsilon, delta)
+    return solve_noise(spent, target_epsilon, guess)
 
 
 def calibrate_num_steps(
@@ -92,7 +93,7 @@ def calibrate_num_steps(
     """
     check_rate(sample_rate)
     check_noise(noise_multiplier)
-    _check(target_epsilon, delta, accountant, adjacency)
+    check_target(target_epsilon, delta, accountant, adjacency)
     if noise_multiplier == 0 or sample_rate == 0:
         raise ValueError("Expected noise_multiplier > 0 and sample_rate > 0 to find num_steps.")
 
@@ -135,7 +136,7 @@ def calibrate_sample_rate(
     """
     check_noise(noise_multiplier)
     check_steps(num_steps)
-    _check(target_epsilon, delta, accountant, adjacency)
+    check_target(target_epsilon, delta, accountant, adjacency)
     if noise_multiplier == 0 or num_steps == 0:
         raise ValueError("Expected noise_multiplier > 0 and num_steps >= 1 to find sample_rate.")
 
@@ -152,22 +153,15 @@ def calibrate_sample_rate(
     return solve_rate(spent, target_epsilon)
 
 
-def solve_noise(
-    spent: Callable[[float], float], target: float, scale: float, delta: float
-) -> float:
-    """Returns a noise multiplier that brings epsilon within 0.1 % of the target, never above.
+def noise_guess(scale: float, target: float, delta: float) -> float:
+    """Returns a rough noise multiplier for a target, where a search may start.
 
     Args:
-        spent: Epsilon as a function of the noise multiplier, falling.
+        scale: About sample_rate * sqrt(num_steps).
         target: The budget.
-        scale: About sample_rate * sqrt(num_steps), where the search starts.
         delta: Of the guarantee.
-
-    Raises:
-        ValueError: If no noise multiplier up to a million suffices.
     """
-    guess = scale * math.sqrt(2 * math.log(1 / delta)) / target
-    return _search(spent, target, max(guess, 0.3))
+    return max(scale * math.sqrt(2 * math.log(1 / delta)) / target, 0.3)
 
 
 def solve_steps(spent: Callable[[int], float], target: float) -> int:
@@ -215,17 +209,26 @@ def solve_rate(spent: Callable[[float], float], target: float) -> float:
     return math.exp(low)
 
 
-def _check(target_epsilon: float, delta: float, accountant: str, adjacency: str) -> None:
+def check_target(target_epsilon: float, delta: float, accountant: str, adjacency: str) -> None:
+    """Raises unless a target is positive, delta in (0, 1), and accountant and adjacency sound."""
     check_theorem(accountant, adjacency)
     check_delta(delta)
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise ValueError(f"Expected a finite target_epsilon > 0, got {target_epsilon}.")
 
 
-def _search(spent: Callable[[float], float], target: float, guess: float) -> float:
-    """Solves spent(noise) in [(1 - tolerance) target, target], spent falling in noise.
+def solve_noise(spent: Callable[[float], float], target: float, guess: float) -> float:
+    """Returns a noise multiplier that brings epsilon within 0.1 % of the target, never above.
 
     Newton steps on log(spent) against log(noise), kept inside a bracket that bisection can halve.
+
+    Args:
+        spent: Epsilon as a function of the noise multiplier, falling.
+        target: The budget.
+        guess: Where the search starts.
+
+    Raises:
+        ValueError: If no noise multiplier up to a million suffices.
     """
     aim = target * (1 - _TOLERANCE / 2)
     low, high = 0.0, math.inf

@@ -25,7 +25,8 @@ from dpsgd.accounting.releases import (
 )
 
 _MIN_NOISE = 1e-3
-_INTERVAL = 1e-4  # dp-accounting's default
+LOSS_INTERVAL = 1e-4
+"""Least width of the grid of privacy losses: dp-accounting's default."""
 _GRID = 1e6
 _TAIL = 9.0  # standard deviations
 _COARSE_ORDERS = (*range(2, 33), 48, 64, 128, 256)
@@ -69,6 +70,7 @@ def epsilon_of(
     delta: float,
     accountant: AccountantName = "pld",
     adjacency: Adjacency = "add_remove",
+    interval: float = LOSS_INTERVAL,
 ) -> float:
     """Returns the epsilon of any releases at delta.
 
@@ -77,6 +79,8 @@ def epsilon_of(
         delta: In (0, 1).
         accountant: As for `epsilon`.
         adjacency: As for `epsilon`.
+        interval: Least width of the grid of privacy losses (PLD). A wider one is faster and
+            over-states epsilon, never the other way round.
 
     Raises:
         ValueError: If delta is out of range, or the pair of accountant and adjacency unsound.
@@ -87,7 +91,7 @@ def epsilon_of(
         return 0.0
     if min(noise_of(event)[1] for event, _ in releases) < _MIN_NOISE:
         return math.inf  # an upper bound; the libraries overflow
-    return _epsilon(releases, delta, accountant, adjacency)
+    return _epsilon(releases, delta, accountant, adjacency, interval)
 
 
 def deltas_of(
@@ -158,17 +162,21 @@ def random_stopping_epsilon(
 
 @lru_cache(maxsize=512)
 def _epsilon(
-    releases: Releases, delta: float, accountant: AccountantName, adjacency: Adjacency
+    releases: Releases,
+    delta: float,
+    accountant: AccountantName,
+    adjacency: Adjacency,
+    interval: float,
 ) -> float:
     with _without_warnings():
         if accountant == "rdp":
             return float(_rdp(releases, adjacency).get_epsilon(delta))
-        return float(_pld(releases, adjacency).get_epsilon_for_delta(delta))
+        return float(_pld(releases, adjacency, interval).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=8)
-def _pld(releases: Releases, adjacency: Adjacency) -> Any:
-    interval = _interval(releases)
+def _pld(releases: Releases, adjacency: Adjacency, least: float = LOSS_INTERVAL) -> Any:
+    interval = max(least, _interval(releases))
     parts = [_composed(event, count, interval, adjacency) for event, count in releases]
     total = parts[0]
     for part in parts[1:]:
@@ -236,14 +244,14 @@ def _interval(releases: Releases) -> float:
     known = [(*noise_of(event), count) for event, count in releases]
     of_one_step = [0.5 / sigma**2 + _TAIL / sigma for _, sigma, _ in known]
     of_all = sum(loss * count for loss, (_, _, count) in zip(of_one_step, known, strict=True))
-    if of_all <= _GRID * _INTERVAL:
-        return _INTERVAL
+    if of_all <= _GRID * LOSS_INTERVAL:
+        return LOSS_INTERVAL
     alike = tuple(
         (poisson_releases(rate, [(sigma, 1)])[0][0], count) for rate, sigma, count in known
     )
     composed = _rdp(alike, "add_remove", _COARSE_ORDERS)
     reach = min(composed.get_epsilon(1e-15), of_all)
-    return max(_INTERVAL, max(of_one_step) / _GRID, reach / _GRID)
+    return max(LOSS_INTERVAL, max(of_one_step) / _GRID, reach / _GRID)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def audit_one_run(
     for step, (clipping, released) in enumerate(subject.releases(trainer)):
         projected += gradients @ released
         variance += (plan.noise_at(step) * clipping.sensitivity) ** 2
-    drawn = plan.num_steps * plan.sample_rate  # how often a canary joins, on average
+    drawn = plan.epochs  # how often a canary joins, on average
     likeness = gradients @ gradients.T
     penalty = 4 * variance / drawn**2  # a coin's own variance is 1/4
     centred = projected / drawn - gradients @ replaced.sum(0) - likeness.sum(1) / 2

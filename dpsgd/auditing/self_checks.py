@@ -113,9 +113,10 @@ def noise_law(subject: Subject) -> Check:
     releases: list[list[Tensor]] = []
     while len(releases) < 2 or len(releases) * sum(map(len, releases[0])) < _COORDINATES:
         std = plan.noise_at(step.step) * step.clipping.at(step.step).sensitivity
+        divisor = plan.expected_batch_size_at(step.step)
         step.release()
         gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in weights]
-        releases.append([looked_at(g) * (plan.expected_batch_size / std) for g in gradients])
+        releases.append([looked_at(g) * (divisor / std) for g in gradients])
     step.optimizer.zero_grad(set_to_none=True)
     parameters = [torch.stack(each) for each in zip(*releases, strict=True)]
     found = noise_p_values(parameters)
@@ -138,23 +139,34 @@ def sampler_law(sampler: Sampler) -> Check:
     if not isinstance(sampler, Poisson):
         detail = f"not tried: the law of {type(sampler).__name__} is not known here"
         return Check("T3 sampler law", True, detail)
-    q = sampler.rate
+    starts = list(sampler.factors.factors)
+    found = [
+        _coins(sampler, range(start, min(end, start + _STEPS)))
+        for start, end in zip(starts, [*starts[1:], starts[-1] + _STEPS], strict=True)
+    ]
+    detail = "; then ".join(words for _, words in found)
+    return Check("T3 sampler law", all(passed for passed, _ in found), detail)
+
+
+def _coins(sampler: Poisson, steps: range) -> tuple[bool, str]:
+    """Whether the coins of steps of one rate fall as they should, and how they do, in words."""
+    q = sampler.rate_at(steps[0])
     units = max(_UNITS, math.ceil(min(2 / q, 1e6)))
     if isinstance(sampler, TruncatedPoisson):
         units = min(units, sampler.max_batch_size)  # below truncation it is Poisson
-    draws = [sampler.sample(step, units) for step in range(_STEPS)]
+    draws = [sampler.sample(step, units) for step in steps]
     sizes = torch.tensor([len(drawn) for drawn in draws])
     counts = torch.cat(draws).bincount(minlength=units)
-    trials, drawn = units * _STEPS, int(sizes.sum())
+    trials, drawn = units * len(steps), int(sizes.sum())
     law = stats.binom(trials, q)
     rate = float(min(1.0, 2 * min(law.cdf(drawn), law.sf(drawn - 1))))
     sizes_vary = _varies(sizes, units, q)
-    counts_vary = _varies(counts, _STEPS, q)
+    counts_vary = _varies(counts, len(steps), q)
     detail = (
         f"{drawn} of {trials} coins at rate {q:.6g} fell on in (p = {rate:.2g}); the batch size "
         f"varies {sizes_vary[1]}, and how often a {sampler.unit} is drawn {counts_vary[1]}"
     )
-    return Check("T3 sampler law", rate > _ALARM and sizes_vary[0] and counts_vary[0], detail)
+    return rate > _ALARM and sizes_vary[0] and counts_vary[0], detail
 
 
 def _varies(counts: Tensor, trials: int, q: float) -> tuple[bool, str]:
@@ -180,9 +192,9 @@ def _likely(sampler: Sampler) -> Sampler:
     if isinstance(sampler, TruncatedPoisson):
         assert sampler.public_size is not None
         rate = sampler.max_batch_size / sampler.public_size
-        return replace(sampler, sample_rate=min(1.0, rate), expected_batch_size=None)
+        return replace(sampler, sample_rate=min(1.0, rate), expected_batch_size=None, schedule=None)
     if isinstance(sampler, Poisson):
-        return replace(sampler, sample_rate=1.0, expected_batch_size=None)
+        return replace(sampler, sample_rate=1.0, expected_batch_size=None, schedule=None)
     return sampler
 
 

@@ -127,7 +127,7 @@ class Subject:
         """
         sampler = replace(plan.sampler, key=key, expected_batch_size=None)
         plan = replace(plan, sampler=sampler)
-        rate = plan.expected_batch_size / (plan.noise_at(0) * plan.clipping.at(0).sensitivity)
+        rate = plan.expected_batch_size_at(0) / (plan.noise_at(0) * plan.clipping.at(0).sensitivity)
         optimizer = torch.optim.SGD(list(self.engine.parameters.values()), lr=rate)
         made = Trainer(
             plan.private_step(self.engine, optimizer, noise),
@@ -149,13 +149,15 @@ class Subject:
         """
         weights = list(self.engine.parameters.values())
         before = [p.detach().clone() for p in weights]
-        scale = trainer.plan.expected_batch_size / trainer.step.optimizer.param_groups[0]["lr"]
+        rate = trainer.step.optimizer.param_groups[0]["lr"]
         steps = trainer.run()
         try:
             while True:
-                clipping = trainer.step.clipping.at(trainer.step.step)  # public: it learns in noise
+                step = trainer.step.step
+                clipping = trainer.step.clipping.at(step)  # public: it learns in noise
                 if next(steps, None) is None:
                     return
+                scale = trainer.plan.expected_batch_size_at(step) / rate
                 yield clipping, scale * (flat(before) - flat(weights))
                 _put(weights, before)
         finally:

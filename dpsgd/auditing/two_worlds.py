@@ -173,7 +173,7 @@ class _Attack:
             if clipping != self._clipping:
                 self._look(clipping)
             std = self._plan.noise_at(step) * clipping.sensitivity
-            score += self._log_ratio(float(self._direction @ released) - self._expected, std)
+            score += self._log_ratio(float(self._direction @ released), std, step)
         return score
 
     def _look(self, clipping: Clipping) -> None:
@@ -183,14 +183,15 @@ class _Attack:
         moved = with_canary - without
         self._direction = moved / max(float(moved.norm()), 1e-300)
         self._added = [float(self._direction @ each) for each in (without, with_canary)]
-        self._expected = self._plan.sample_rate * float(self._direction @ common)
+        self._common_part = float(self._direction @ common)
         self._clipping = clipping
 
     def _sum(self, units: Units, clipping: Clipping) -> Tensor:
         return self._subject.contributions(units, clipping).sum(0)
 
-    def _log_ratio(self, projected: float, std: float) -> float:
-        q = torch.tensor(self._plan.sample_rate, dtype=torch.float64)
+    def _log_ratio(self, projected: float, std: float, step: int) -> float:
+        q = torch.tensor(self._plan.sampler.rate_at(step), dtype=torch.float64)
+        projected -= float(q) * self._common_part
         without, with_canary = (
             torch.logaddexp(torch.log1p(-q), q.log() + (projected * a - a * a / 2) / std**2)
             for a in self._added

@@ -2,6 +2,7 @@
 
 from dpsgd.data.base import Dataset
 from dpsgd.data.digits import digits
+from dpsgd.data.glyphs import glyphs
 from dpsgd.data.hf import huggingface
 from dpsgd.data.labelled_text import labelled_text
 from dpsgd.data.schema import Schema
@@ -16,6 +17,7 @@ __all__ = [
     "Schema",
     "Users",
     "digits",
+    "glyphs",
     "huggingface",
     "labelled_text",
     "stories",

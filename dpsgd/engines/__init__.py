@@ -2,8 +2,9 @@
 
 from dpsgd.engines.base import Engine, LossFn
 from dpsgd.engines.batch import Batch
+from dpsgd.engines.dense import DenseGrads
 from dpsgd.engines.ghost import Ghost, TapedGrads
-from dpsgd.engines.grads import DenseGrads, Groups, PerSampleGrads
+from dpsgd.engines.grads import Groups, PerSampleGrads
 from dpsgd.engines.hooks import Hooks
 from dpsgd.engines.loop import Loop
 from dpsgd.engines.opacus import Opacus

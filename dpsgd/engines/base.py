@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dpsgd.engines.batch import Batch, map_tensors, size_of
-from dpsgd.engines.grads import DenseGrads, PerSampleGrads
+from dpsgd.engines.dense import DenseGrads
+from dpsgd.engines.grads import PerSampleGrads
 from dpsgd.engines.sharding import is_sharded, reshard
 from dpsgd.lost_peers import lost_peers
 

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from dpsgd.engines.batch import Batch
 from dpsgd.engines.flat import Flat
-from dpsgd.rules.rows import add_weighted_rows, squared_norms
 
 Groups = Sequence[Sequence[str]]
 """A partition of the parameter names into K clipping groups."""
@@ -99,6 +98,51 @@ class PerSampleGrads(ABC):
         self._check_alive()
         return {name: grad.clone() for name, grad in self._materialize().items()}
 
+    def dot(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """Returns <g_i, v> of each sample's gradient with one direction v, [B].
+
+        With v the gradient of another loss it is, to first order, by how much a step along -g_i
+        lowers that loss (Pruthi et al. 2020, arXiv:2002.08484). Gradients are formed for some
+        samples of one parameter at a time, or not at all.
+
+        Args:
+            direction: Tensors shaped as the parameters, by name; v is 0 for those without one.
+
+        Raises:
+            ValueError: If a name or a shape does not fit.
+        """
+        self._check_alive()
+        shapes = self._chosen(direction)
+        if not shapes:
+            raise ValueError("Expected a direction for at least one parameter, got none.")
+        wrong = [name for name, shape in shapes.items() if direction[name].shape != shape]
+        if wrong:
+            raise ValueError(f"Expected a direction of the parameter's shape for {wrong}.")
+        device = self._losses().device
+        v = {name: direction[name].detach().to(device).contiguous() for name in shapes}
+        return self._dot(v).to(self._norm_dtype())
+
+    def gram(self, names: Collection[str] | None = None) -> Tensor:
+        """Returns <g_i, g_j> of all pairs of samples, [B, B].
+
+        Gradients are formed of one parameter at a time at most. Rows and columns of samples whose
+        gradient is not finite are NaN.
+
+        Args:
+            names: The parameters that count, all by default.
+
+        Raises:
+            ValueError: If a name is unknown, or there is none.
+        """
+        self._check_alive()
+        shapes = self._chosen(names)
+        if not shapes:
+            raise ValueError("Expected the name of at least one parameter, got none.")
+        products = self._gram(shapes)
+        bad = ~torch.isfinite(products.diagonal())
+        products = products.masked_fill(bad | bad[:, None], torch.nan)
+        return products.to(self._norm_dtype())
+
     def routes(self) -> dict[str, str]:
         """Returns for each parameter how its gradients come about, in a word or two."""
         self._check_alive()
@@ -132,6 +176,14 @@ class PerSampleGrads(ABC):
 
     @abstractmethod
     def _materialize(self) -> Mapping[str, Tensor]: ...
+
+    @abstractmethod
+    def _dot(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """<g_i, v> [B], in float64 where the device has it."""
+
+    @abstractmethod
+    def _gram(self, names: Collection[str]) -> Tensor:
+        """<g_i, g_j> [B, B] over some parameters, in float64 where the device has it."""
 
     @abstractmethod
     def _routes(self) -> dict[str, str]: ...
@@ -214,44 +266,6 @@ class PerSampleGrads(ABC):
 
     def _norm_dtype(self) -> torch.dtype:
         return torch.promote_types(self._losses().dtype, torch.float32)
-
-
-class DenseGrads(PerSampleGrads):
-    """Per-sample gradients held as they are, one tensor [B, *shape] per parameter."""
-
-    def __init__(self, losses: Tensor, grads: Mapping[str, Tensor]) -> None:
-        like = {name: grad.new_empty(()).expand(grad.shape[1:]) for name, grad in grads.items()}
-        super().__init__(like, losses.shape[0])
-        self._held_losses: Tensor | None = losses.detach()
-        self._held = {name: grad.detach() for name, grad in grads.items()}
-        self._squares: dict[str, Tensor] | None = None
-
-    def _losses(self) -> Tensor:
-        assert self._held_losses is not None
-        return self._held_losses
-
-    def _squared_norms(self) -> Mapping[str, Tensor]:
-        if self._squares is None:
-            self._squares = {name: squared_norms(grad) for name, grad in self._held.items()}
-        return self._squares
-
-    def _add_weighted_sum(
-        self, columns: Mapping[str, Tensor], out: Mapping[str, Tensor], beta: float
-    ) -> None:
-        finite = {name: torch.isfinite(square) for name, square in self._squared_norms().items()}
-        clean = bool(torch.stack(list(finite.values())).all())
-        for name, grad in self._held.items():
-            usable = None if clean else finite[name].nonzero()[:, 0]
-            add_weighted_rows(out[name], columns[name], grad, usable, beta)
-
-    def _materialize(self) -> Mapping[str, Tensor]:
-        return self._held
-
-    def _routes(self) -> dict[str, str]:
-        return dict.fromkeys(self._shapes, "formed")
-
-    def _release(self) -> None:
-        self._held_losses, self._held, self._squares = None, {}, None
 
 
 def _check_out(out: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dpsgd import rules
 from dpsgd.engines.base import Engine, LossFn, check_no_gradient_hooks
 from dpsgd.engines.batch import Batch, check_losses
-from dpsgd.engines.grads import DenseGrads
+from dpsgd.engines.dense import DenseGrads
 from dpsgd.engines.graph import Region, check_no_reentrant_checkpoint, uncaptured
 from dpsgd.engines.probe import SizeProbe, check_combination
 

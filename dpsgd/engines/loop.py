@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpsgd.engines.base import Engine
 from dpsgd.engines.batch import Batch, check_losses, map_tensors
-from dpsgd.engines.grads import DenseGrads
+from dpsgd.engines.dense import DenseGrads
 from dpsgd.engines.graph import check_no_reentrant_checkpoint
 
 

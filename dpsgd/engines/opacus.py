@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dpsgd.engines.base import Engine, LossFn, check_no_gradient_hooks
 from dpsgd.engines.batch import Batch, check_losses, map_tensors
-from dpsgd.engines.grads import DenseGrads, PerSampleGrads
+from dpsgd.engines.dense import DenseGrads
+from dpsgd.engines.grads import PerSampleGrads
 from dpsgd.engines.narrowest import Narrowest
 from dpsgd.engines.opacus_attachment import Mode, attached, named_errors
 from dpsgd.engines.probe import RandomState, SizeProbe, check_combination, plain_gradients
@@ -84,9 +85,9 @@ class Opacus(Engine):
             norms[name] = losses.detach().new_zeros(size) if row is None else row.reshape(-1)
             if len(norms[name]) > size:
                 raise ValueError(
-                    f"Opacus (mode=ghost) takes a norm for each row of '{name}', but the samples "
-                    "have several rows each (views, or positions). Use mode=hooks or another "
-                    "engine."
+                    f"Opacus (mode=ghost) gives wrong per-sample gradients for '{name}': it takes "
+                    "a norm for each row, and a sample has several rows (views, or positions). Use "
+                    "mode=hooks or another engine."
                 )
             if norms[name].shape != (size,):
                 raise _disagreement(name, self.mode)
@@ -162,10 +163,23 @@ class _GhostGrads(PerSampleGrads):
                     out[name].copy_(total)
 
     def _materialize(self) -> Mapping[str, Tensor]:
-        rows = [
-            self._differentiate(loss, self._parameters) for loss in self._attached_losses.unbind()
-        ]
+        return self._rows(self._attached_losses)
+
+    def _rows(self, losses: Tensor) -> dict[str, Tensor]:
+        rows = [self._differentiate(loss, self._parameters) for loss in losses.unbind()]
         return {name: torch.stack([row[name] for row in rows]) for name in self._shapes}
+
+    def _dot(self, direction: Mapping[str, Tensor]) -> Tensor:
+        return self._formed().dot(direction)
+
+    def _gram(self, names: Collection[str]) -> Tensor:
+        return self._formed().gram(names)
+
+    def _formed(self) -> DenseGrads:
+        grads = self._rows(self._finite_losses())
+        for grad in grads.values():
+            grad[~self._finite] = torch.nan
+        return DenseGrads(self._losses(), grads)
 
     def _differentiate(
         self, objective: Tensor, parameters: Mapping[str, nn.Parameter]
@@ -186,13 +200,17 @@ class _GhostGrads(PerSampleGrads):
         del self._attached_losses, self._run, self._batch
         self._clean_losses, self._squares, self._parameters = None, {}, {}
 
+    @property
+    def _finite(self) -> Tensor:
+        return torch.stack([torch.isfinite(s) for s in self._squares.values()]).all(0)
+
     def _finite_losses(self) -> Tensor:
         """The losses of a graph in which nothing is NaN, so that weight 0 gives exact zeros.
 
         Samples with non-finite gradients are replaced by copies of a finite one and the model runs
         again on the same random numbers; all losses are zero if no sample is finite.
         """
-        finite = torch.stack([torch.isfinite(s) for s in self._squares.values()]).all(0)
+        finite = self._finite
         if finite.all():
             return self._attached_losses
         if self._clean_losses is None:

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from dpsgd.engines.base import Engine, LossFn, check_no_gradient_hooks
 from dpsgd.engines.batch import Batch, check_losses, map_tensors
-from dpsgd.engines.grads import DenseGrads
+from dpsgd.engines.dense import DenseGrads
 
 
 class Vmap(Engine):

@@ -6,6 +6,7 @@ dimension, and nothing mixes samples (there is no batch normalisation), so every
 """
 
 from dpsgd.models.cnn import CNN
+from dpsgd.models.filters import FilterBank
 from dpsgd.models.hf import huggingface
 from dpsgd.models.linear import Linear
 from dpsgd.models.lstm import LSTM
@@ -18,6 +19,7 @@ __all__ = [
     "CNN",
     "LSTM",
     "MLP",
+    "FilterBank",
     "Linear",
     "Transformer",
     "TutorialCNN",

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+Activation: TypeAlias = str | Mapping[str, float]
+"""The name of an activation, or the numbers of a tempered sigmoid."""
 
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -16,15 +22,59 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
 """The activations that a configuration can name."""
 
 
-def make_activation(name: str) -> nn.Module:
-    """Returns a new activation module.
+class TemperedSigmoid(nn.Module):
+    """scale * sigmoid(inverse_temperature * x) - offset (Papernot et al. (2020), arXiv:2007.14191).
+
+    Bounded, so that activations and with them the gradients of single samples stay small.
+
+    Args:
+        scale: s > 0; tanh has 2.
+        inverse_temperature: T > 0; tanh has 2.
+        offset: o; tanh has 1.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If a number is out of range.
     """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"Expected activation to be one of {', '.join(ACTIVATIONS)}, got {name}.")
-    return ACTIVATIONS[name]()
+
+    def __init__(self, scale: float, inverse_temperature: float, offset: float) -> None:
+        super().__init__()
+        for name, value in (("scale", scale), ("inverse_temperature", inverse_temperature)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"Expected {name} > 0 of a tempered sigmoid, got {value}.")
+        if not math.isfinite(offset):
+            raise ValueError(f"Expected a finite offset of a tempered sigmoid, got {offset}.")
+        self.scale, self.inverse_temperature, self.offset = scale, inverse_temperature, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the activations, shaped as x."""
+        return self.scale * torch.sigmoid(self.inverse_temperature * x) - self.offset
+
+
+def make_activation(activation: Activation) -> nn.Module:
+    """Returns a new activation module.
+
+    Args:
+        activation: A name, or {scale: s, inverse_temperature: T, offset: o} of a tempered sigmoid.
+
+    Raises:
+        ValueError: If there is none of that name, or the numbers are not these three.
+    """
+    if isinstance(activation, Mapping):
+        numbers = {"scale", "inverse_temperature", "offset"}
+        if activation.keys() != numbers or not all(
+            isinstance(value, int | float) for value in activation.values()
+        ):
+            raise ValueError(
+                "Expected activation={scale: 1.58, inverse_temperature: 3.0, offset: 0.71} with "
+                f"numbers for these three of a tempered sigmoid, got {dict(activation)}."
+            )
+        return TemperedSigmoid(**activation)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"Expected activation to be one of {', '.join(ACTIVATIONS)}, or the numbers of a "
+            f"tempered sigmoid, got {activation}."
+        )
+    return ACTIVATIONS[activation]()
 
 
 def positive(name: str, value: int) -> int:
@@ -96,3 +146,14 @@ def make_dropout(probability: float) -> nn.Dropout:
     if not 0 <= probability < 1:
         raise ValueError(f"Expected 0 <= dropout < 1, got {probability}.")
     return nn.Dropout(probability)
+
+
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    """Returns a new group normalisation.
+
+    Raises:
+        ValueError: If the groups do not divide the channels.
+    """
+    if channels % positive("groups", groups):
+        raise ValueError(f"Expected groups to divide {channels} channels, got {groups}.")
+    return nn.GroupNorm(groups, channels)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dpsgd.models.arguments import (
+    Activation,
     all_positive,
+    group_norm,
     image_shape,
     make_activation,
     make_dropout,
@@ -15,6 +17,7 @@ from dpsgd.models.arguments import (
     one_each,
     positive,
 )
+from dpsgd.models.standardised import conv2d_class
 
 
 class CNN(nn.Module):
@@ -31,8 +34,11 @@ class CNN(nn.Module):
         kernel_size: Height and width of the kernels, one number for all layers or one per layer.
         stride: Stride of the convolutions, one number for all layers or one per layer.
         pool: Side of the max pooling window after each layer; 1 does not pool.
-        activation: Its name: relu, tanh, gelu, silu or elu.
+        activation: relu, tanh, gelu, silu, elu, or the numbers of a `TemperedSigmoid`.
         dropout: Probability of dropping each feature before the head.
+        groups: Groups of a normalisation (Wu and He (2018), arXiv:1803.08494) after each
+            convolution; they divide its channels. None does not normalise.
+        weight_standardisation: Whether the weights of convolutions are standardised.
 
     Raises:
         ValueError: If an argument is out of range or pooling leaves nothing of the image.
@@ -46,8 +52,10 @@ class CNN(nn.Module):
         kernel_size: int | Sequence[int] = 3,
         stride: int | Sequence[int] = 1,
         pool: int = 1,
-        activation: str = "tanh",
+        activation: Activation = "tanh",
         dropout: float = 0.0,
+        groups: int | None = None,
+        weight_standardisation: bool = False,
     ) -> None:
         super().__init__()
         depth, height, width = image_shape(input_shape)
@@ -56,8 +64,12 @@ class CNN(nn.Module):
         strides = one_each("stride", stride, len(widths))
         positive("pool", pool)
         layers: list[nn.Module] = []
+        kind = conv2d_class(weight_standardisation)
         for out, kernel, step in zip(widths, kernels, strides, strict=True):
-            layers += [*_convolution(depth, out, kernel, step), make_activation(activation)]
+            layers += _convolution(kind, depth, out, kernel, step)
+            if groups is not None:
+                layers.append(group_norm(groups, out))
+            layers.append(make_activation(activation))
             if pool > 1:
                 layers.append(nn.MaxPool2d(pool))
             depth = out
@@ -77,16 +89,18 @@ class CNN(nn.Module):
         return self.head(self.dropout(self.features(images).flatten(1)))
 
 
-def _convolution(depth: int, out: int, kernel: int, stride: int) -> list[nn.Module]:
+def _convolution(
+    kind: type[nn.Conv2d], depth: int, out: int, kernel: int, stride: int
+) -> list[nn.Module]:
     """A convolution whose output has ceil(side / stride) positions along each side.
 
     An even kernel has no middle: it needs one more zero behind than before.
     """
     if kernel % 2:
-        return [nn.Conv2d(depth, out, kernel, stride, padding=kernel // 2)]
+        return [kind(depth, out, kernel, stride, padding=kernel // 2)]
     before, behind = kernel // 2 - 1, kernel // 2
     pad = nn.ZeroPad2d((before, behind, before, behind))
-    return [pad, nn.Conv2d(depth, out, kernel, stride)]
+    return [pad, kind(depth, out, kernel, stride)]
 
 
 def _ceil_div(size: int, divisor: int) -> int:

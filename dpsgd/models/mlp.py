@@ -7,7 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dpsgd.models.arguments import all_positive, make_activation, make_dropout, num_outputs
+from dpsgd.models.arguments import (
+    Activation,
+    all_positive,
+    make_activation,
+    make_dropout,
+    num_outputs,
+)
 
 
 class MLP(nn.Module):
@@ -20,7 +26,7 @@ class MLP(nn.Module):
         input_shape: Shape of one input.
         num_classes: Number of outputs; None is one output, for regression.
         widths: Units of each hidden layer; empty makes it linear.
-        activation: Its name: relu, tanh, gelu, silu or elu.
+        activation: relu, tanh, gelu, silu, elu, or the numbers of a `TemperedSigmoid`.
         dropout: Probability of dropping each hidden unit.
 
     Raises:
@@ -32,7 +38,7 @@ class MLP(nn.Module):
         input_shape: Sequence[int],
         num_classes: int | None,
         widths: Sequence[int] = (256, 128),
-        activation: str = "tanh",
+        activation: Activation = "tanh",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()

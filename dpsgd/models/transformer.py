@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpsgd.models.arguments import make_activation, make_dropout, num_outputs, positive
+from dpsgd.models.arguments import Activation, make_activation, make_dropout, num_outputs, positive
 from dpsgd.models.sequence import as_sequence, token_length, vector_sequence
 
 
@@ -26,7 +26,7 @@ class Transformer(nn.Module):
         width: Features of each position.
         depth: Number of blocks.
         heads: Attention heads; they divide the width.
-        activation: Its name: relu, tanh, gelu, silu or elu.
+        activation: relu, tanh, gelu, silu, elu, or the numbers of a `TemperedSigmoid`.
         dropout: Probability of dropping each output of an embedding or sublayer.
 
     Raises:
@@ -41,7 +41,7 @@ class Transformer(nn.Module):
         width: int = 64,
         depth: int = 2,
         heads: int = 4,
-        activation: str = "gelu",
+        activation: Activation = "gelu",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -77,11 +77,11 @@ class Block(nn.Module):
     Args:
         width: Features of each position; the perceptron is four times as wide inside.
         heads: Attention heads; they divide the width.
-        activation: Its name: relu, tanh, gelu, silu or elu.
+        activation: relu, tanh, gelu, silu, elu, or the numbers of a `TemperedSigmoid`.
         dropout: Probability of dropping each output of the two sublayers.
     """
 
-    def __init__(self, width: int, heads: int, activation: str, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, activation: Activation, dropout: float) -> None:
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)

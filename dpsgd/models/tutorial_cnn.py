@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dpsgd.models.arguments import image_shape, make_activation, num_outputs
+from dpsgd.models.arguments import Activation, image_shape, make_activation, num_outputs
 
 
 class TutorialCNN(nn.Module):
@@ -19,14 +19,14 @@ class TutorialCNN(nn.Module):
     Args:
         input_shape: Shape of one input, [C, H, W], or [H, W] for one channel.
         num_classes: Number of outputs; None is one output, for regression.
-        activation: Its name: relu, tanh, gelu, silu or elu.
+        activation: relu, tanh, gelu, silu, elu, or the numbers of a `TemperedSigmoid`.
 
     Raises:
         ValueError: If an argument is out of range, or the image is too small.
     """
 
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int | None, activation: str = "relu"
+        self, input_shape: Sequence[int], num_classes: int | None, activation: Activation = "relu"
     ) -> None:
         super().__init__()
         depth, *sides = image_shape(input_shape)

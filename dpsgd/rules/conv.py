@@ -25,6 +25,7 @@ from dpsgd.rules.rows import (
     rounded_up,
     squared_norms,
     unless_cancelled,
+    wide,
 )
 from dpsgd.rules.sliding import Sliding
 
@@ -73,6 +74,13 @@ class Conv(Rule):
         g, a, shape = g.flatten(0, 1), a.flatten(0, 1), call["weight"].shape
         settings = stride, padding, dilation, self.transposed, output_padding
         return _weight_gradient(g, a, shape, settings, groups)
+
+    def dots(self, call: Call, name: str, direction: Tensor) -> Tensor:
+        """Returns <g_i, y_i> with y what the convolution with V for a weight would give."""
+        if name == "bias":
+            return super().dots(call, name, direction)
+        y = self.forward(**{**call.arguments, "weight": direction, "bias": None})
+        return y.mul_(call.g).flatten(1).sum(1, dtype=wide(y))
 
     def ways(self, call: Call, name: str) -> Ways:
         """Returns kernels and matrix products that form gradients, and Gram matrices."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpsgd.rules.linear import Affine
 from dpsgd.rules.registry import Call, Rule, register
-from dpsgd.rules.rows import by_chunks, rounded_up, squared_norms
+from dpsgd.rules.rows import by_chunks, gram_by_parts, rounded_up, squared_norms, wide
 
 _MODES = "sum", "mean", "max"
 
@@ -87,6 +87,27 @@ class Table(Rule):
         total = call.g.new_empty(call[name].shape)
         self.add_weighted_sum(call, name, weights, total, 0.0)
         return total
+
+    def dots(self, call: Call, name: str, direction: Tensor) -> Tensor:
+        """Returns the sum of the products of each row with that of its id."""
+        entries = self.entries(call)
+        picked = direction[:, None].flatten(1)[entries.ids]
+        products = (entries.rows * picked).sum(1, dtype=wide(call.g))
+        return products.new_zeros(call.size).index_add(0, entries.samples, products)
+
+    def gram(self, call: Call, name: str) -> Tensor:
+        """Forms the gradients of the ids that occur, some features at a time."""
+        entries = self.entries(call)
+        seen, ids = entries.ids.unique(return_inverse=True)
+        keys = entries.samples * len(seen) + ids
+
+        def formed(features: slice) -> Tensor:
+            rows = entries.rows[:, features]
+            grads = rows.new_zeros(call.size * len(seen), rows.shape[1]).index_add_(0, keys, rows)
+            return grads.unflatten(0, (call.size, len(seen)))
+
+        size = call.size * len(seen) * entries.rows.element_size()
+        return gram_by_parts(entries.rows.shape[1], size, formed)
 
     def add_weighted_sum(
         self, call: Call, name: str, weights: Tensor, out: Tensor, beta: float

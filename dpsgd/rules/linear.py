@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpsgd.rules.registry import NO_WAYS, Call, Rule, Ways, register
-from dpsgd.rules.rows import add_product, formed_norms, gram_norms, product_norms, spread
+from dpsgd.rules.rows import (
+    add_product,
+    formed_norms,
+    gram_by_parts,
+    gram_norms,
+    pair_products,
+    product_norms,
+    spread,
+    wide,
+)
 
 
 class Affine(Rule):
@@ -64,6 +73,29 @@ class Affine(Rule):
             g = g * column
         a, g = a.flatten(0, 1), g.flatten(0, 1)
         add_product(out, *((a.T, g) if self.transposed else (g.T, a)), beta)
+
+    def dots(self, call: Call, name: str, direction: Tensor) -> Tensor:
+        """Returns sum_t g_it . (V a_it): what the map with V for a weight would give, times g."""
+        if name != self.weights[0]:
+            return super().dots(call, name, direction)
+        a, g = self.operands(call)
+        products = (a @ (direction if self.transposed else direction.T)).mul_(g)
+        return products.sum((1, 2), dtype=wide(g))
+
+    def gram(self, call: Call, name: str) -> Tensor:
+        """Returns sum_ts (a_it . a_js) (g_it . g_js), or that of G_i formed in parts if less work.
+
+        For T = 1 it is the entrywise product of two Gram matrices of samples.
+        """
+        if name != self.weights[0]:
+            return super().gram(call, name)
+        a, g = self.operands(call)
+        (size, positions, d), p = a.shape, g.shape[2]
+        if size * positions**2 * (d + p) <= (size + positions) * d * p:
+            return pair_products(a, g)
+        return gram_by_parts(
+            p, size * d * g.element_size(), lambda some: torch.bmm(g[:, :, some].mT, a)
+        )
 
     def ways(self, call: Call, name: str) -> Ways:
         """Returns Gram matrices and forming, for a weight that meets several positions."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from dpsgd.rules.rows import by_chunks, chunks, squared_norms, weighted_rows
+from dpsgd.rules.rows import by_chunks, chunks, dots, gram, squared_norms, weighted_rows
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,18 @@ class Rule(ABC):
             out.add_(total)
         else:
             out.copy_(total)
+
+    def dots(self, call: Call, name: str, direction: Tensor) -> Tensor:
+        """Returns <g_i, v> [B] for a direction of the shape of the weight."""
+        return by_chunks(
+            call.size,
+            gradient_bytes(call, name),
+            lambda rows: dots(self.materialize(call.rows(rows), name), direction),
+        )
+
+    def gram(self, call: Call, name: str) -> Tensor:
+        """Returns <g_i, g_j> of all pairs of samples, [B, B]."""
+        return gram(self.materialize(call, name))
 
     def ways(self, call: Call, name: str) -> Ways:
         """Returns what there is to choose from for a weight of a call; nothing by default."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -50,6 +51,32 @@ def _within(values: Tensor, least: float) -> bool:
         return True
     low, high = values.aminmax()
     return float(low) >= least and float(high) < math.inf  # false for NaN
+
+
+def dots(grads: Tensor, direction: Tensor) -> Tensor:
+    """Returns <g_i, v> of each row of [B, *shape] with a direction of that shape, [B]."""
+    dtype = torch.promote_types(grads.dtype, torch.float32)
+    rows = grads[:, None].flatten(1).to(dtype)
+    return (rows @ direction.flatten().to(dtype)).to(wide(grads))
+
+
+def gram(grads: Tensor) -> Tensor:
+    """Returns <g_i, g_j> of all pairs of rows of [B, *shape], [B, B]."""
+    rows = _in_memory_order(grads)[0]
+    rows = rows.to(torch.promote_types(grads.dtype, torch.float32))
+    return (rows @ rows.T).to(wide(grads))
+
+
+def gram_by_parts(width: int, bytes_per_feature: int, form: Callable[[slice], Tensor]) -> Tensor:
+    """Returns the Gram matrix [B, B] of gradients that are formed some features at a time.
+
+    Args:
+        width: The number of features.
+        bytes_per_feature: How much memory one of them takes, for all samples.
+        form: Returns the gradients [B, ...] of some features.
+    """
+    features = list(chunks(width, bytes_per_feature)) or [slice(0, 0)]
+    return functools.reduce(torch.Tensor.add_, (gram(form(some)) for some in features))
 
 
 def weighted_rows(weights: Tensor, grads: Tensor) -> Tensor:
@@ -153,6 +180,25 @@ def formed_norms(a: Tensor, g: Tensor) -> Tensor:
         len(a), size, lambda rows: squared_norms(torch.bmm(g[rows].transpose(1, 2), a[rows]))
     )
     return rounded_up(squares, reach(a, g), a.dtype)
+
+
+def pair_products(a: Tensor, g: Tensor) -> Tensor:
+    """Returns <sum_t g_it a_it^T, sum_s g_js a_js^T>_F of all pairs of rows, [B, B].
+
+    By Gram matrices of all positions [B T, B T], some rows at a time.
+
+    Args:
+        a: Inputs [B, T, d].
+        g: Output gradients [B, T, p].
+    """
+    size, positions = a.shape[:2]
+
+    def inner(rows: slice) -> Tensor:
+        grams = [x[rows].flatten(0, 1) @ x.flatten(0, 1).T for x in (a, g)]
+        products = grams[0].mul_(grams[1]).view(-1, positions, size, positions)
+        return products.sum((1, 3), dtype=wide(a))
+
+    return by_chunks(size, 2 * size * positions**2 * a.element_size(), inner)
 
 
 def unless_cancelled(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpsgd import rng
 from dpsgd.accounting.releases import AccountantName, Adjacency, NoiseRuns, Releases
+from dpsgd.schedules import CONSTANT, Schedule
 
 Theorems: TypeAlias = Mapping[tuple[Adjacency, AccountantName], float]
 
@@ -86,6 +87,15 @@ class Sampler(ABC):
         """The sample rate, known once the sampler is made."""
         assert self.sample_rate is not None
         return self.sample_rate
+
+    @property
+    def factors(self) -> Schedule:
+        """Factors of the sample rate, and with it of the expected batch size, by step."""
+        return CONSTANT
+
+    def rate_at(self, step: int) -> float:
+        """Returns the sample rate of a step."""
+        return min(1.0, self.rate * self.factors(step))
 
     @abstractmethod
     def sample(self, step: int, stop: int, start: int = 0) -> Tensor:

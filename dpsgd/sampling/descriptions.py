@@ -22,6 +22,8 @@ def described(description: Mapping[str, Any]) -> Sampler:
     name = values.pop("sampler", None)
     if name == "shuffled":
         values["expected_batch_size"] = values.pop("batch_size", None)
+    if isinstance(values.get("schedule"), Mapping):  # JSON has no numbers for keys
+        values["schedule"] = {int(step): factor for step, factor in values["schedule"].items()}
     kinds = {
         "poisson": Poisson,
         "truncated_poisson": TruncatedPoisson,

@@ -38,9 +38,10 @@ class TruncatedPoisson(Poisson):
         largest = self.max_batch_size
         if isinstance(largest, bool) or not isinstance(largest, int) or largest < 1:
             raise ValueError(f"Expected max_batch_size to be a whole number >= 1, got {largest!r}.")
-        if largest < self.expected_batch_size:
+        expected = self.expected_batch_size * max(self.factors.factors.values())
+        if largest < expected:
             raise ValueError(
-                f"Expected max_batch_size >= expected_batch_size = {self.expected_batch_size:g}, "
+                f"Expected max_batch_size >= expected_batch_size = {expected:g}, "
                 f"got {largest}: most batches would be cut. Lower the rate."
             )
 
@@ -59,15 +60,19 @@ class TruncatedPoisson(Poisson):
         return drawn[order[: self.max_batch_size].sort().values]
 
     def releases(self, noise: NoiseRuns, start: int = 0) -> Releases:
-        """Returns one truncated Poisson-sampled Gaussian per step."""
+        """Returns one truncated Poisson-sampled Gaussian per step, each at the rate of its step."""
         assert self.public_size is not None
-        return truncated_releases(self.rate, self.max_batch_size, self.public_size, noise)
+        each = (
+            truncated_releases(rate, self.max_batch_size, self.public_size, [run])
+            for rate, run in self._rates(noise, start)
+        )
+        return tuple(release for releases in each for release in releases)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the name, the rate, the largest batch and the public size."""
+        """Returns the name, the law of the rate, the largest batch and the public size."""
         return {
             "sampler": "truncated_poisson",
-            "sample_rate": self.rate,
+            **self._law(),
             "max_batch_size": self.max_batch_size,
             "public_size": self.public_size,
         }

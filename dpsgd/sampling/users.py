@@ -36,9 +36,9 @@ class UserPoisson(Poisson):
             raise ValueError(f"Expected records_per_user to be a whole number >= 1, got {k!r}.")
 
     def describe(self) -> dict[str, Any]:
-        """Returns the name, the rate and the number of records per user."""
+        """Returns the name, the law of the rate and the number of records per user."""
         return {
             "sampler": "user_poisson",
-            "sample_rate": self.rate,
+            **self._law(),
             "records_per_user": self.records_per_user,
         }

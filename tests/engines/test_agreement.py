@@ -26,6 +26,9 @@ def check(engine, case, dtype):
     assert_close(grads.losses, reference.losses, dtype)
     assert_close(grads.norms(), reference.norms(), dtype)
     assert_close(grads.norms(groups), reference.norms(groups), dtype)
+    direction = reference.weighted_sum(weights)
+    assert_close(grads.dot(direction), reference.dot(direction), dtype)
+    assert_close(grads.gram(), reference.gram(), dtype)
     by_group = weights[:, None] * torch.linspace(0.5, 2, len(groups), dtype=torch.float64)
     for method, args in (
         ("materialize", ()),

@@ -194,7 +194,7 @@ MUTATIONS = [
         "a batch of fixed size",
         "sampling/poisson.py",
         "        return positions[positions >= start]",
-        "        return torch.randperm(stop)[: round(self.rate * stop)].sort().values",
+        "        return torch.randperm(stop)[: round(q * stop)].sort().values",
         T3 + "test_inclusions_are_binomial_and_batch_sizes_vary_as_they_should",
     ),
     Mutation(
@@ -208,8 +208,8 @@ MUTATIONS = [
     Mutation(
         "another rate is accounted for than is drawn",
         "sampling/poisson.py",
-        "poisson_releases(self.rate, noise)",
-        "poisson_releases(self.rate / 2, noise)",
+        "poisson_releases(rate, [run])",
+        "poisson_releases(rate / 2, [run])",
         "tests/test_account.py::test_a_plan_is_accounted_for_without_data",
     ),
     Mutation(
@@ -223,8 +223,8 @@ MUTATIONS = [
     Mutation(
         "truncation is free",
         "sampling/truncated.py",
-        "truncated_releases(self.rate, self.max_batch_size, self.public_size, noise)",
-        "super().releases(noise)",
+        "        assert self.public_size is not None\n        each = (",
+        "        return super().releases(noise, start)\n        each = (",
         OTHERS + "test_truncation_costs_more_than_poisson_and_little_when_it_is_rare",
     ),
     Mutation(

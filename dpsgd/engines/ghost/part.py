@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -16,7 +17,7 @@ from dpsgd.engines.ghost.tape import Record, Site
 from dpsgd.engines.ghost.use import Use, merged
 from dpsgd.engines.sharding import Names
 from dpsgd.rules import Call
-from dpsgd.rules.rows import add_weighted_rows, by_chunks, chunks, squared_norms
+from dpsgd.rules.rows import add_weighted_rows, by_chunks, chunks, dots, gram, squared_norms, wide
 
 KEPT_SHARE = 1.0
 """Gradients are formed and kept where they take at most this share of what calls hold anyway."""
@@ -166,6 +167,24 @@ class Part:
             return self._formed[name]
         return self._form(name, slice(None))
 
+    def dots(self, name: str, direction: Tensor) -> Tensor:
+        """The products of the gradients of one parameter with a direction, [b]."""
+        if name in self._formed:
+            return dots(self._formed[name], direction)
+        total = self.rows.new_zeros(len(self.rows), dtype=wide(direction))
+        return functools.reduce(torch.add, (use.dots(direction) for use in self.uses[name]), total)
+
+    def gram(self, name: str) -> Tensor:
+        """The products of the gradients of one parameter with each other, [b, b].
+
+        Uses of different parts of it add up; several uses of the same have cross terms, and what
+        the parameter is computed into its own derivative: their gradients are formed.
+        """
+        uses = self.uses[name]
+        if not uses or not self._apart(uses):
+            return gram(self.materialize(name))
+        return torch.stack([use.rule.gram(use.wide(), use.argument) for use in uses]).sum(0)
+
     def _norms(self, name: str) -> Tensor:
         uses = self.uses[name]
         if not uses:
@@ -183,6 +202,11 @@ class Part:
     def _separable(self, uses: Sequence[Use]) -> bool:
         """Whether the norms of the uses are those of their weights."""
         return all(use.source.view for use in uses)
+
+    def _apart(self, uses: Sequence[Use]) -> bool:
+        """Whether the uses are of different entries of the parameter."""
+        sources = [use.source for use in uses]
+        return self._separable(uses) and (len(uses) == 1 or disjoint(sources))
 
     def _norms_unformed(self, uses: Sequence[Use]) -> Tensor:
         calls = [use.wide() for use in uses]

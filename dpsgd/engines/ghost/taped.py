@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from dpsgd.engines.ghost.part import Part
 from dpsgd.engines.ghost.physical import plainly
 from dpsgd.engines.grads import PerSampleGrads
+from dpsgd.rules.rows import gram
 
 
 class TapedGrads(PerSampleGrads):
@@ -44,6 +46,23 @@ class TapedGrads(PerSampleGrads):
 
     def _materialize(self) -> Mapping[str, Tensor]:
         return self._of_each(lambda part, name: part.materialize(name))
+
+    def _dot(self, direction: Mapping[str, Tensor]) -> Tensor:
+        with self._plainly():
+            found = [
+                self._gathered([part.dots(name, v) for part in self._parts])
+                for name, v in direction.items()
+            ]
+        return torch.stack(found).sum(0)
+
+    def _gram(self, names: Collection[str]) -> Tensor:
+        with self._plainly():
+            return functools.reduce(torch.add, map(self._gram_of, names))
+
+    def _gram_of(self, name: str) -> Tensor:
+        if len(self._parts) == 1:
+            return self._parts[0].gram(name)
+        return gram(self._gathered([part.materialize(name) for part in self._parts]))
 
     def _routes(self) -> dict[str, str]:
         words: dict[str, dict[str, None]] = {name: {} for name in self._shapes}

@@ -12,6 +12,7 @@ from torch import Tensor
 from dpsgd.engines.ghost.capture import EXPANDED
 from dpsgd.engines.ghost.sources import Source
 from dpsgd.rules import Call, Rule
+from dpsgd.rules.rows import by_chunks, dots
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,18 @@ class Use:
             out.add_(total)
         else:
             out.copy_(total)
+
+    def dots(self, direction: Tensor) -> Tensor:
+        """The products of the gradients of the parameter with a direction like it, [b]."""
+        call = self.wide()
+        direction = direction.to(call.g.dtype)
+        part = self.source.place_in(direction)
+        if part is not None:
+            return self.rule.dots(call, self.argument, part)
+        size = direction.numel() * direction.element_size()
+        return by_chunks(
+            call.size, size, lambda rows: dots(self.formed(call.rows(rows)), direction)
+        )
 
     def route(self) -> str:
         """How the gradient comes about, in words."""
