@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
+from pathlib import Path
 
 import dp_accounting
 import pytest
@@ -21,6 +24,7 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+ROOT = Path(__file__).parent.parent
 TF_ROWS = {  # noise multiplier: the settings and the epsilon of a row of the tutorial
     1.3: ({"optimizer.lr": 0.25, "clipping.max_grad_norm": 1.5, "trainer.epochs": 15}, 1.19),
     1.1: ({"optimizer.lr": 0.15, "clipping.max_grad_norm": 1.0, "trainer.epochs": 60}, 3.01),
@@ -114,6 +118,19 @@ def composed(name, *overrides):
 def test_the_settings_are_those_published(name):
     config = composed(name)
     assert {key: OmegaConf.select(config, key) for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+def commands():
+    page = ROOT / "experiments" / "published" / "README.md"
+    for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.S | re.M):
+        for line in block.splitlines():
+            yield shlex.split(line)[3:]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_the_commands_of_the_page_compose(words):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        resolve(compose("train", overrides=words), words)
 
 
 # Epsilon
