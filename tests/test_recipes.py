@@ -50,6 +50,12 @@ def test_what_is_saved_is_what_was_tested(whole):
     assert found["test_loss"] == pytest.approx(report["test"]["test_loss"], rel=1e-6)
 
 
+def test_the_report_says_what_was_added(whole):
+    report = load_run(whole / "r").report
+    assert report["ema_decay"] == 0.8
+    assert "multiplicity=2" in report["views"]
+
+
 def test_the_learning_rates_are_those_of_the_schedule(whole):
     lines = [json.loads(line) for line in (whole / "r" / "metrics.jsonl").read_text().splitlines()]
     rates = [line[RATE] for line in lines if RATE in line]
