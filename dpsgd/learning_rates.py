@@ -132,7 +132,8 @@ def tabulated(
     for step, row in enumerate(table):
         if not (math.isfinite(row["lr"]) and row["lr"] >= 0):
             raise ValueError(
-                f"Expected a schedule of finite learning rates >= 0, got {row['lr']} at step {step}."
+                f"Expected a schedule of finite learning rates >= 0, got {row['lr']} at step "
+                f"{step}."
             )
     changing = {name for row in table for name in row if row[name] != table[0][name]} | {"lr"}
     return [{name: row[name] for name in row if name in changing} for row in table]

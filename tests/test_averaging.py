@@ -78,7 +78,7 @@ def test_a_state_takes_the_average_along():
 
 
 def test_a_run_that_goes_on_without_an_average_publishes_its_own_weights():
-    """The average of the steps before, which no step moves any more, is neither tested nor saved."""
+    """The average that the steps before have left is neither tested nor saved."""
     first, second = trainer(0.9), trainer(None)
     list(first.run(until=4))
     second.step.load_state_dict(first.step.state_dict())
