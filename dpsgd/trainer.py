@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpsgd import rng
-from dpsgd.averaging import averaged, update_average
+from dpsgd.averaging import averaged, forget_average, update_average
 from dpsgd.checks import restored, synthetic_units
 from dpsgd.data import Dataset, Users
 from dpsgd.diagnostics import diagnostics, sums_of
@@ -221,8 +221,10 @@ class Trainer:
         for group in optimizer.param_groups if recipe.rates else ():
             group.update(recipe.rates[number])
         self.step.release()
-        if recipe.ema_decay is not None:
-            weights = self.step.engine.parameters.values()
+        weights = self.step.engine.parameters.values()
+        if recipe.ema_decay is None:
+            forget_average(optimizer, weights)
+        else:
             update_average(optimizer, weights, recipe.ema_decay, self.step.step)
         return contributions, len(drawn)
 
@@ -232,8 +234,8 @@ class Trainer:
 
         All processes of a job at once. The weights that are trained are put back.
         """
-        step = self.step
-        with averaged(step.optimizer, step.engine.parameters.values()):
+        step, kept = self.step, self.recipe.ema_decay is not None
+        with averaged(step.optimizer, step.engine.parameters.values() if kept else ()):
             yield
             step.parallel.settle(step.engine.model)
 
