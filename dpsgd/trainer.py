@@ -212,9 +212,8 @@ class Trainer:
         units = self.data if self._users is None else self._users
         drawn = self.plan.sampler.sample(number, len(units))
         assert not len(drawn) or bool((drawn.diff() > 0).all()), "a unit was drawn twice"
-        place = Placement.of(self.step.engine.model)
         contributions = [
-            self.step.accumulate(place.batch(batch), mask.to(place.device))
+            self.step.accumulate(batch, mask)
             for batch, mask in self._physical_batches(drawn, number)
         ]
         optimizer, recipe = self.step.optimizer, self.recipe
@@ -240,8 +239,12 @@ class Trainer:
             step.parallel.settle(step.engine.model)
 
     def _physical_batches(self, drawn: Tensor, number: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Yields this process's share of a draw in physical batches, each with its mask."""
+        """Yields this process's share of a draw in physical batches, each with its mask.
+
+        They are on the model's device, where the views are made.
+        """
         size, parallel, users = self._rows_at_once(), self.step.parallel, self._users
+        place, views = Placement.of(self.step.engine.model), self.recipe.augmentation
         rows, present = (drawn, None) if users is None else users.choose(drawn, number)
         rows, present = parallel.share(rows), None if present is None else parallel.share(present)
         most = -(-len(drawn) // parallel.world.size) if parallel.even else len(rows)
@@ -251,13 +254,12 @@ class Trainer:
                 batch: Batch = self.data.take(rows[part])
             else:
                 batch = users.take(rows[part], present[part])
-            if self.recipe.augmentation is not None:
-                batch = self.recipe.augmentation(batch, self._seed_of_views, number, rows[part])
             count = len(rows[part])
-            yield (
-                map_tensors(partial(pad_rows, rows=size - count), batch),
-                torch.arange(size) < count,
-            )
+            padded = partial(pad_rows, rows=size - count)
+            batch = place.batch(map_tensors(padded, batch))
+            if views is not None:
+                batch = views(batch, self._seed_of_views, number, padded(rows[part]))
+            yield batch, (torch.arange(size) < count).to(place.device)
 
     def _report(self, last: int, contributions: list[Contribution], drawn: int) -> StepReport:
         step, parallel, engine = self.step.step, self.step.parallel, self.step.engine

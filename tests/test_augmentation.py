@@ -236,3 +236,11 @@ def test_loss_and_augmentation_belong_together():
 def test_bad_arguments_are_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("made", [CropFlip(2, 1, True), Affine(2, 10.0, 0.1, 0.5)], ids=str)
+def test_views_keep_the_precision_of_the_inputs(made, dtype):
+    (views,) = made((torch.rand(3, 1, 6, 6).to(dtype),), 0, 0, ROWS)
+    assert views.shape == (3, 2, 1, 6, 6)
+    assert views.dtype == dtype
