@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,18 +15,18 @@ from dpsgd.averaging import averaged, forget_average, update_average
 from dpsgd.checks import restored, synthetic_units
 from dpsgd.data import Dataset, Users
 from dpsgd.diagnostics import diagnostics, sums_of
-from dpsgd.engines import Batch, LossFn
+from dpsgd.engines import Batch
 from dpsgd.engines.batch import map_tensors
 from dpsgd.engines.memory import is_out_of_memory
 from dpsgd.evaluate import MOST_ROWS, evaluate
 from dpsgd.ledger import Ledger
-from dpsgd.losses import MeanOfViews, PerUser
 from dpsgd.placement import Placement
 from dpsgd.plan import PrivacyPlan
 from dpsgd.private_step import Contribution, PrivateStep
 from dpsgd.recipe import PLAIN, Recipe
-from dpsgd.sampling import Sampler, UserPoisson
+from dpsgd.sampling import UserPoisson
 from dpsgd.seeding import seed_step
+from dpsgd.trainer_checks import check_loss, check_plan, check_size
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Trainer:
             raise ValueError(f"Expected evaluate_every >= 1, got {evaluate_every}.")
         if not step.engine.model.training:
             raise ValueError("Expected the model in train mode, got eval mode: call model.train().")
-        _check_plan(plan, step)
+        check_plan(plan, step)
         check_size(plan.sampler, data)
         self.step = step
         self.plan = plan
@@ -111,7 +111,7 @@ class Trainer:
         self.spent: Callable[[int], float] = plan.spent
         self.asked_to_stop: Callable[[], bool] = lambda: False
         self.draw_from(data)
-        _check_loss(step.engine.loss_fn, plan.sampler, recipe)
+        check_loss(step.engine.loss_fn, plan.sampler, recipe)
         step.parallel.world.agree(self._draws(), "draws")
 
     def _draws(self) -> dict[str, str]:
@@ -288,44 +288,3 @@ class Trainer:
 def pad_rows(tensor: Tensor, rows: int) -> Tensor:
     """Appends rows of zeros, which the mask silences."""
     return torch.cat([tensor, tensor.new_zeros((rows, *tensor.shape[1:]))]) if rows else tensor
-
-
-def _check_plan(plan: PrivacyPlan, step: PrivateStep) -> None:
-    for name, planned, actual in (
-        ("noise_multiplier", plan.noise_multiplier, step.noise_multiplier),
-        ("noise_schedule", plan.noise_schedule, step.noise_schedule),
-        ("batch_schedule", plan.sampler.factors, step.batch_schedule),
-        ("expected_batch_size", plan.expected_batch_size, step.expected_batch_size),
-        ("clipping", plan.clipping, step.clipping),
-    ):
-        if planned != actual:
-            raise ValueError(
-                f"Expected {name}={planned} as in the privacy plan, got {actual}. "
-                "plan.private_step(engine, optimizer, noise) makes a step that agrees."
-            )
-
-
-def _check_loss(loss_fn: LossFn, sampler: Sampler, recipe: Recipe) -> None:
-    """Raises unless the loss is of the units that are sampled, and of their views."""
-    of_users = isinstance(loss_fn, PerUser)
-    if isinstance(sampler, UserPoisson) != of_users:
-        raise ValueError(
-            "Expected a loss per user for user-level sampling, and only for it: "
-            "dpsgd.losses.PerUser(loss_fn)."
-        )
-    record: object = loss_fn.loss_fn if isinstance(loss_fn, PerUser) else loss_fn
-    if (recipe.augmentation is not None) != isinstance(record, MeanOfViews):
-        raise ValueError(
-            "Expected a loss of several views for an augmentation, and only for it: "
-            "dpsgd.losses.MeanOfViews(loss_fn)."
-        )
-
-
-def check_size(sampler: Sampler, data: Sized) -> None:
-    """Raises if the guarantee needs the declared size to be the true one, and it is not."""
-    if sampler.size_is_public and len(data) != sampler.public_size:
-        raise ValueError(
-            f"Expected as many training records as declared (public_size={sampler.public_size}) "
-            f"for {type(sampler).__name__} sampling, whose guarantee rests on it, got another "
-            "number. Declare the true number, or use sampler=poisson."
-        )
