@@ -87,6 +87,8 @@ def milestones(
     """
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"Expected schedule.factor > 0, got {factor}.")
+    if not isinstance(at, Sequence) or not all(isinstance(p, int | float) for p in at):
+        raise ValueError(f"Expected schedule.at as a list such as [0.5, 0.75], got {at!r}.")
     places = [_share("at", place) for place in at]
     return _warmed(
         optimizer,

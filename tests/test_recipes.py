@@ -79,6 +79,7 @@ def test_a_run_with_all_of_them_goes_on_bit_for_bit(sent, whole, tmp_path):
         (["augmentation=affine", "augmentation.multiplicity=0"], "multiplicity"),
         (["schedule=cosine", "schedule.least=3"], "schedule.least"),
         (["schedule=milestones", "schedule.at=[2]"], "schedule.at"),
+        (["schedule=milestones", "schedule.at=3"], "schedule.at as a list"),
         (["model.trainable=nothing"], "model.trainable"),
         (["model.activation={scale:1}"], "tempered sigmoid"),
         (["model=wide_resnet", "model.weight_standardisation=3"], "weight_standardisation"),
