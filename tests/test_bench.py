@@ -1,12 +1,11 @@
 import io
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import command
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
@@ -166,26 +165,17 @@ def test_results_are_never_overwritten(tmp_path):
         run(tmp_path, "model=linear", "bench.engines=[vmap]")
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "dpsgd.bench", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_the_command_shows_a_table_and_writes_its_files(tmp_path):
-    done = command(*SMALL, "model=linear", "bench.engines=[hooks]", f"bench.dir={tmp_path}/here")
-    assert done.returncode == 0, done.stderr
+    words = (*SMALL, "model=linear", "bench.engines=[hooks]", "bench.dir=here")
+    done = command(*words, module="dpsgd.bench", cwd=tmp_path)
     assert "non-private" in done.stdout
     assert "hooks" in done.stdout
     assert {p.name for p in (tmp_path / "here").iterdir()} == {"bench.json", "bench.png"}
 
 
 def test_a_bad_setting_is_one_line_and_status_2(tmp_path):
-    done = command(*SMALL, "bench.engines=[nobody]", f"bench.dir={tmp_path}/here")
+    words = (*SMALL, "bench.engines=[nobody]", "bench.dir=here")
+    done = command(*words, module="dpsgd.bench", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("Error: Expected bench.engines to name")
     assert len(done.stderr.strip().splitlines()) == 1

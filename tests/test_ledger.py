@@ -3,16 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import worlds
+from command_line import Running
 
-import dpsgd
 from dpsgd import accounting, engines, ledger
 from dpsgd.ledger import Ledger
 from dpsgd.run_directory import charged
@@ -204,35 +201,21 @@ def counted(self, sums, std, step, offsets=None):
     with open("released", "ab", buffering=0) as file:
         file.write(b"x")
 Gaussian.add_ = counted
-from dpsgd.train import main
-sys.argv = ["train", "trainer.num_steps=100000", "privacy.noise_multiplier=500", "run.dir=r",
-            "model=linear", "trainer.evaluate_every=100000", "device=cpu"]
-main()
 """
 
 
 @pytest.mark.parametrize("after", [5, 40])
 def test_kill_9_leaves_no_uncharged_release(after, tmp_path):
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(dpsgd.__file__).parent.parent),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", COUNTING],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    words = ("trainer.num_steps=100000", "privacy.noise_multiplier=500", "run.dir=r",
+             "model=linear", "trainer.evaluate_every=100000", "device=cpu")  # fmt: skip
+    running = Running(*words, cwd=tmp_path, before=COUNTING)
     released = tmp_path / "released"
     deadline = time.monotonic() + 120
     while not released.exists() or released.stat().st_size < after:
         assert time.monotonic() < deadline
-        assert process.poll() is None
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    running.send(signal.SIGKILL)
+    assert running.wait().returncode == -signal.SIGKILL
     found = charged(tmp_path / "r")
     assert found.verified
     assert not found.ended

@@ -201,6 +201,10 @@ def test_what_autocast_may_be(autocast, dtype, words):
         with_autocast(losses.mse, autocast, dtype)
 
 
+def slow(*arguments):
+    return pytest.param(arguments, marks=pytest.mark.slow)
+
+
 SHORT = ("device=cpu", "accountant=rdp", "trainer.num_steps=2", "sampler.sample_rate=0.1")
 
 
@@ -209,10 +213,10 @@ SHORT = ("device=cpu", "accountant=rdp", "trainer.num_steps=2", "sampler.sample_
     [
         ("model=cnn", "autocast=bfloat16"),
         ("model=transformer", "autocast=bfloat16", "trainer.activation_checkpointing=true"),
-        ("model=mlp", "engine=opacus", "autocast=bfloat16"),
+        slow("model=mlp", "engine=opacus", "autocast=bfloat16"),
         ("model=lstm", "dtype=bfloat16"),
         ("model=cnn", "dtype=bfloat16", "engine=vmap", "optimizer=adam"),
-        ("model=transformer", "dtype=bfloat16", "trainer.activation_checkpointing=true"),
+        slow("model=transformer", "dtype=bfloat16", "trainer.activation_checkpointing=true"),
     ],
     ids=" ".join,
 )

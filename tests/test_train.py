@@ -17,6 +17,11 @@ from dpsgd.rng import fresh_key
 
 KEY = "privacy.key='" + "ab" * 32 + "'"
 SHORT = ("trainer.num_steps=3", "device=cpu")
+FAST = (*SHORT, "accountant=rdp", "sampler.sample_rate=0.05")
+
+
+def slow(*arguments):
+    return pytest.param(arguments, marks=pytest.mark.slow)
 
 
 def everything_below(folder):
@@ -105,7 +110,7 @@ def test_a_sweep_over_engines_gives_the_same_training(tmp_path):
     done = command(
         "-m",
         "engine=loop,hooks,vmap,opacus,ghost",
-        *SHORT,
+        *FAST,
         KEY,
         "dtype=float64",
         "run.dir=s",
@@ -125,14 +130,14 @@ def test_a_sweep_over_engines_gives_the_same_training(tmp_path):
 
 def test_a_seed_and_key_repeat_a_run_bit_for_bit(tmp_path):
     for name in ("a", "b"):
-        command(*SHORT, KEY, "seed=5", f"run.dir={name}", cwd=tmp_path)
+        command(*FAST, KEY, "seed=5", f"run.dir={name}", cwd=tmp_path)
     first, second = (tmp_path / name / "model.safetensors" for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_runs_without_a_key_differ(tmp_path):
     for name in ("a", "b"):
-        command(*SHORT, f"run.dir={name}", cwd=tmp_path)
+        command(*FAST, f"run.dir={name}", cwd=tmp_path)
     first, second = (tmp_path / name / "model.safetensors" for name in ("a", "b"))
     assert first.read_bytes() != second.read_bytes()
 
@@ -141,7 +146,7 @@ def test_runs_without_a_key_differ(tmp_path):
     "arguments",
     [
         ("model=mlp", "engine=hooks", "optimizer=adam"),
-        ("optimizer._target_=torch.optim.RMSprop", "optimizer.lr=0.001", "model=linear"),
+        slow("optimizer._target_=torch.optim.RMSprop", "optimizer.lr=0.001", "model=linear"),
         ("privacy.noise_multiplier=5", "trainer.epochs=2", "sampler.expected_batch_size=700"),
         ("model=lstm", "engine=vmap", "accountant=rdp", "sampler.sample_rate=0.05"),
         ("model=transformer", "engine=hooks", "dtype=bfloat16", "sampler.sample_rate=0.05"),

@@ -7,6 +7,7 @@ can be killed, just like the command started from a shell.
 Requests and answers are lines of JSON on the standard streams.
 """
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -68,6 +69,7 @@ def waited(pid, timeout):
 def serve():
     for name in MODULES:
         importlib.import_module(name)
+    gc.freeze()  # what is imported is nobody's garbage: no child goes through it
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
