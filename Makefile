@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train scaling test test-all test-faults test-gpu dependencies mutations audit lint docs docs-serve wheel bench digits lm mislabelled clean
+.PHONY: help train scaling test test-all test-faults test-gpu dependencies mutations audit lint docs docs-serve wheel bench digits lm mislabelled recipes clipping tuning audits clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -83,6 +83,18 @@ lm: $(STAMP)  ## the study experiments/lm: perplexity at epsilon 1, 3 and 8, LoR
 
 mislabelled: $(STAMP)  ## the study experiments/mislabelled: wrong labels found by their gradients
 	$(BIN)/python experiments/mislabelled/run.py
+
+recipes: $(STAMP)  ## the study experiments/recipes: what each recipe gives on digits
+	$(BIN)/python experiments/recipes/run.py $(ARGS)
+
+clipping: $(STAMP)  ## the study experiments/clipping: clipping policies and clip norms
+	$(BIN)/python experiments/clipping/run.py $(ARGS)
+
+tuning: $(STAMP)  ## the study experiments/tuning: what choosing the best of several runs costs
+	$(BIN)/python experiments/tuning/run.py $(ARGS)
+
+audits: $(STAMP)  ## the study experiments/audit: measured lower bounds beside claimed epsilon
+	$(BIN)/python experiments/audit/run.py $(ARGS)
 
 clean:  ## remove the environment and caches; keeps runs/
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
