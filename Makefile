@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train scaling test test-all test-faults test-gpu dependencies mutations audit lint docs docs-serve bench digits lm clean
+.PHONY: help train scaling test test-all test-faults test-gpu dependencies mutations audit lint docs docs-serve wheel bench digits lm mislabelled clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -60,6 +60,15 @@ docs: $(STAMP)  ## build the documentation site into site/, warnings are errors
 docs-serve: $(STAMP)  ## show the documentation while you write it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --strict $(ARGS)
 
+wheel: $(STAMP)  ## build dist/, install the wheel into an environment of its own, and train with it
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	rm -rf build/wheel && $(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt dist/*.whl
+	cd build && wheel/bin/python -m dpsgd.train trainer.num_steps=2 run.dir=run-$$$$
+	cd build && wheel/bin/python -m dpsgd.account privacy.target_epsilon=1
+
 bench: $(STAMP)  ## compare what the engines cost (ARGS="model=mlp bench.batch_size=64 ...")
 	$(BIN)/python -m dpsgd.bench $(ARGS)
 
@@ -71,6 +80,9 @@ scaling: $(STAMP)  ## the study experiments/scaling: what a step costs on 1, 2 a
 
 lm: $(STAMP)  ## the study experiments/lm: perplexity at epsilon 1, 3 and 8, LoRA and all weights
 	$(BIN)/python experiments/lm/run.py
+
+mislabelled: $(STAMP)  ## the study experiments/mislabelled: wrong labels found by their gradients
+	$(BIN)/python experiments/mislabelled/run.py
 
 clean:  ## remove the environment and caches; keeps runs/
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -150,6 +150,7 @@ class Affine(Augmentation):
         images = _images(x)
         n, k = random.shape[:2]
         height, width = images.shape[-2:]
+        images = images.to(torch.promote_types(x.dtype, torch.float32))
         signed = (2 * random - 1).flatten(0, 1).to(images.dtype)
         angle, size, down, right = signed.unbind(-1)
         angle, size = angle * math.radians(self.degrees), 1 + size * self.scale
@@ -161,7 +162,7 @@ class Affine(Augmentation):
         grid = F.affine_grid(torch.stack([to_x, to_y], 1), shape, align_corners=False)
         copies = images.repeat_interleave(k, 0)
         views = F.grid_sample(copies, grid, padding_mode="border", align_corners=False)
-        return views.view(n, k, *x.shape[1:])
+        return views.view(n, k, *x.shape[1:]).to(x.dtype)
 
 
 def none() -> None:

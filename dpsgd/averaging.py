@@ -38,6 +38,17 @@ def update_average(
                 state[_AVERAGE] = p.detach().clone()
 
 
+def forget_average(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Forgets the averages that an earlier attempt at a run kept, as far as there are any.
+
+    Args:
+        optimizer: Whose state may keep some.
+        parameters: The parameters.
+    """
+    for p in parameters:
+        optimizer.state.get(p, {}).pop(_AVERAGE, None)
+
+
 @contextmanager
 def averaged(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]

@@ -87,6 +87,8 @@ def milestones(
     """
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"Expected schedule.factor > 0, got {factor}.")
+    if not isinstance(at, Sequence) or not all(isinstance(p, int | float) for p in at):
+        raise ValueError(f"Expected schedule.at as a list such as [0.5, 0.75], got {at!r}.")
     places = [_share("at", place) for place in at]
     return _warmed(
         optimizer,
@@ -110,7 +112,8 @@ def tabulated(
         num_steps: Steps of the run.
 
     Raises:
-        ValueError: If it is no such scheduler, or asks for more steps than it has.
+        ValueError: If it is no such scheduler, asks for more steps than it has, or leads to a rate
+            that no optimizer takes.
     """
     scheduler = schedule(optimizer)
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
@@ -128,6 +131,12 @@ def tabulated(
         except ValueError as error:
             raise ValueError(f"Expected a schedule of {num_steps} steps, got: {error}") from error
         table.append(_figures(group))
+    for step, row in enumerate(table):
+        if not (math.isfinite(row["lr"]) and row["lr"] >= 0):
+            raise ValueError(
+                f"Expected a schedule of finite learning rates >= 0, got {row['lr']} at step "
+                f"{step}."
+            )
     changing = {name for row in table for name in row if row[name] != table[0][name]} | {"lr"}
     return [{name: row[name] for name in row if name in changing} for row in table]
 

@@ -17,6 +17,7 @@ from dpsgd.accounting import Curve
 from dpsgd.ledger import Charged
 from dpsgd.plan import PrivacyPlan
 from dpsgd.private_step import PrivateStep
+from dpsgd.recipe import Recipe
 from dpsgd.trainer import Trainer
 
 _FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
@@ -68,7 +69,7 @@ def final_report(
             "steps": [0, *curve.steps],
             "epsilons": [0.0, *curve.epsilons],
         },
-        **_circumstances(step),
+        **_circumstances(step, trainer.recipe),
         "routes": dict(routes),
         "seconds": round(seconds, 3),
         "versions": versions(),
@@ -110,10 +111,12 @@ def _guarantee(plan: PrivacyPlan, charged: Charged) -> dict[str, Any]:
     }
 
 
-def _circumstances(step: PrivateStep) -> dict[str, Any]:
-    """What computed the steps."""
-    parameters = step.engine.parameters
+def _circumstances(step: PrivateStep, recipe: Recipe) -> dict[str, Any]:
+    """What computed the steps, and what was added to them."""
+    parameters, views = step.engine.parameters, recipe.augmentation
     return {
+        "ema_decay": recipe.ema_decay,
+        "views": None if views is None else str(views),
         "engine": type(step.engine).__name__,
         "parameters": sum(p.numel() for p in parameters.values()),
         "device": str(next(iter(parameters.values())).device),
@@ -178,6 +181,10 @@ def summary(report: Mapping[str, Any], folder: str) -> RenderableType:
         table.add_row("attempts", attempts_in_words(report["attempts"]))
     ways = ", ".join(f"{way} {n}" for way, n in Counter(report["routes"].values()).items())
     table.add_row("engine", f"{report['engine']} on {where(report)} (parameters: {ways})")
+    if report["views"] is not None:
+        table.add_row("views", report["views"])
+    if report["ema_decay"] is not None:
+        table.add_row("weights", f"their moving average, decay {report['ema_decay']:g}")
     table.add_row("saved in", folder)
     return Group(banner(report["not_private_because"]), table) if not report["private"] else table
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from dpsgd import rng
-from dpsgd.averaging import averaged, update_average
+from dpsgd.averaging import averaged, forget_average, update_average
 from dpsgd.checks import restored, synthetic_units
 from dpsgd.data import Dataset, Users
 from dpsgd.diagnostics import diagnostics, sums_of
-from dpsgd.engines import Batch, LossFn
+from dpsgd.engines import Batch
 from dpsgd.engines.batch import map_tensors
 from dpsgd.engines.memory import is_out_of_memory
 from dpsgd.evaluate import MOST_ROWS, evaluate
 from dpsgd.ledger import Ledger
-from dpsgd.losses import MeanOfViews, PerUser
 from dpsgd.placement import Placement
 from dpsgd.plan import PrivacyPlan
 from dpsgd.private_step import Contribution, PrivateStep
 from dpsgd.recipe import PLAIN, Recipe
-from dpsgd.sampling import Sampler, UserPoisson
+from dpsgd.sampling import UserPoisson
 from dpsgd.seeding import seed_step
+from dpsgd.trainer_checks import check_loss, check_plan, check_size
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Trainer:
             raise ValueError(f"Expected evaluate_every >= 1, got {evaluate_every}.")
         if not step.engine.model.training:
             raise ValueError("Expected the model in train mode, got eval mode: call model.train().")
-        _check_plan(plan, step)
+        check_plan(plan, step)
         check_size(plan.sampler, data)
         self.step = step
         self.plan = plan
@@ -111,7 +111,7 @@ class Trainer:
         self.spent: Callable[[int], float] = plan.spent
         self.asked_to_stop: Callable[[], bool] = lambda: False
         self.draw_from(data)
-        _check_loss(step.engine.loss_fn, plan.sampler, recipe)
+        check_loss(step.engine.loss_fn, plan.sampler, recipe)
         step.parallel.world.agree(self._draws(), "draws")
 
     def _draws(self) -> dict[str, str]:
@@ -212,17 +212,18 @@ class Trainer:
         units = self.data if self._users is None else self._users
         drawn = self.plan.sampler.sample(number, len(units))
         assert not len(drawn) or bool((drawn.diff() > 0).all()), "a unit was drawn twice"
-        place = Placement.of(self.step.engine.model)
         contributions = [
-            self.step.accumulate(place.batch(batch), mask.to(place.device))
+            self.step.accumulate(batch, mask)
             for batch, mask in self._physical_batches(drawn, number)
         ]
         optimizer, recipe = self.step.optimizer, self.recipe
         for group in optimizer.param_groups if recipe.rates else ():
             group.update(recipe.rates[number])
         self.step.release()
-        if recipe.ema_decay is not None:
-            weights = self.step.engine.parameters.values()
+        weights = self.step.engine.parameters.values()
+        if recipe.ema_decay is None:
+            forget_average(optimizer, weights)
+        else:
             update_average(optimizer, weights, recipe.ema_decay, self.step.step)
         return contributions, len(drawn)
 
@@ -232,14 +233,18 @@ class Trainer:
 
         All processes of a job at once. The weights that are trained are put back.
         """
-        step = self.step
-        with averaged(step.optimizer, step.engine.parameters.values()):
+        step, kept = self.step, self.recipe.ema_decay is not None
+        with averaged(step.optimizer, step.engine.parameters.values() if kept else ()):
             yield
             step.parallel.settle(step.engine.model)
 
     def _physical_batches(self, drawn: Tensor, number: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Yields this process's share of a draw in physical batches, each with its mask."""
+        """Yields this process's share of a draw in physical batches, each with its mask.
+
+        They are on the model's device, where the views are made.
+        """
         size, parallel, users = self._rows_at_once(), self.step.parallel, self._users
+        place, views = Placement.of(self.step.engine.model), self.recipe.augmentation
         rows, present = (drawn, None) if users is None else users.choose(drawn, number)
         rows, present = parallel.share(rows), None if present is None else parallel.share(present)
         most = -(-len(drawn) // parallel.world.size) if parallel.even else len(rows)
@@ -249,13 +254,12 @@ class Trainer:
                 batch: Batch = self.data.take(rows[part])
             else:
                 batch = users.take(rows[part], present[part])
-            if self.recipe.augmentation is not None:
-                batch = self.recipe.augmentation(batch, self._seed_of_views, number, rows[part])
             count = len(rows[part])
-            yield (
-                map_tensors(partial(pad_rows, rows=size - count), batch),
-                torch.arange(size) < count,
-            )
+            padded = partial(pad_rows, rows=size - count)
+            batch = place.batch(map_tensors(padded, batch))
+            if views is not None:
+                batch = views(batch, self._seed_of_views, number, padded(rows[part]))
+            yield batch, (torch.arange(size) < count).to(place.device)
 
     def _report(self, last: int, contributions: list[Contribution], drawn: int) -> StepReport:
         step, parallel, engine = self.step.step, self.step.parallel, self.step.engine
@@ -284,44 +288,3 @@ class Trainer:
 def pad_rows(tensor: Tensor, rows: int) -> Tensor:
     """Appends rows of zeros, which the mask silences."""
     return torch.cat([tensor, tensor.new_zeros((rows, *tensor.shape[1:]))]) if rows else tensor
-
-
-def _check_plan(plan: PrivacyPlan, step: PrivateStep) -> None:
-    for name, planned, actual in (
-        ("noise_multiplier", plan.noise_multiplier, step.noise_multiplier),
-        ("noise_schedule", plan.noise_schedule, step.noise_schedule),
-        ("batch_schedule", plan.sampler.factors, step.batch_schedule),
-        ("expected_batch_size", plan.expected_batch_size, step.expected_batch_size),
-        ("clipping", plan.clipping, step.clipping),
-    ):
-        if planned != actual:
-            raise ValueError(
-                f"Expected {name}={planned} as in the privacy plan, got {actual}. "
-                "plan.private_step(engine, optimizer, noise) makes a step that agrees."
-            )
-
-
-def _check_loss(loss_fn: LossFn, sampler: Sampler, recipe: Recipe) -> None:
-    """Raises unless the loss is of the units that are sampled, and of their views."""
-    of_users = isinstance(loss_fn, PerUser)
-    if isinstance(sampler, UserPoisson) != of_users:
-        raise ValueError(
-            "Expected a loss per user for user-level sampling, and only for it: "
-            "dpsgd.losses.PerUser(loss_fn)."
-        )
-    record: object = loss_fn.loss_fn if isinstance(loss_fn, PerUser) else loss_fn
-    if (recipe.augmentation is not None) != isinstance(record, MeanOfViews):
-        raise ValueError(
-            "Expected a loss of several views for an augmentation, and only for it: "
-            "dpsgd.losses.MeanOfViews(loss_fn)."
-        )
-
-
-def check_size(sampler: Sampler, data: Sized) -> None:
-    """Raises if the guarantee needs the declared size to be the true one, and it is not."""
-    if sampler.size_is_public and len(data) != sampler.public_size:
-        raise ValueError(
-            f"Expected as many training records as declared (public_size={sampler.public_size}) "
-            f"for {type(sampler).__name__} sampling, whose guarantee rests on it, got another "
-            "number. Declare the true number, or use sampler=poisson."
-        )

@@ -13,7 +13,7 @@ from dpsgd.config import config_dir
 
 _OWN = "hydra", "defaults"
 _WIDTH = 100
-_FOOT = """A choice is typed as NAME=OPTION, a setting as NAME=VALUE, that of a choice as model.pool=2.
+_FOOT = """Choices are typed as NAME=OPTION, settings as NAME=VALUE; of a choice, as model.pool=2.
   python -m dpsgd.{name} --cfg job      every setting of a command, without running it
   python -m dpsgd.{name} --hydra-help   what else Hydra can do
 Pages with examples: docs/quickstart.md, docs/configuration.md, docs/troubleshooting.md."""

@@ -126,6 +126,32 @@ def test_random_numbers_are_uniform_and_independent():
     assert ((counts - 9 * n / 16) ** 2 / (9 * n / 16)).sum() < 60  # chi-squared of 15
 
 
+class Pairs(torch.nn.Module):
+    """Sees the first of all pairs, and then the second ones; its head starts at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(5, 6), torch.nn.Linear(6, 3)
+        torch.nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        one, other = self.body(torch.cat([x[:, 0], x[:, 1]])).tanh().chunk(2)
+        return self.head(one * other + one)
+
+
+@pytest.mark.parametrize("name", ["hooks", "opacus-hooks", "opacus-functorch"])
+def test_a_layer_that_starts_at_zero_hides_no_wrong_order(name):
+    """No gradient reaches the body at first: rows given to the wrong sample would look right."""
+    torch.manual_seed(0)
+    model, batch = Pairs(), (torch.randn(6, 2, 5), torch.arange(6) % 3)
+    before = {n: (p.clone(), p._version) for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="wrong per-sample gradients for 'body"):
+        ALL[name](model, losses.cross_entropy)(batch)
+    for n, p in model.named_parameters():
+        assert torch.equal(p, before[n][0])
+        assert p._version == before[n][1]
+
+
 def with_views(physical, engine=engines.Ghost, users=None, seed=0, sampler=None):
     """A trainer over images with three views each, and its noise."""
     plain, noise = worlds.trainer(worlds.images, engines.Loop, torch.float64, rate=0.6, steps=3)
@@ -210,3 +236,11 @@ def test_loss_and_augmentation_belong_together():
 def test_bad_arguments_are_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("made", [CropFlip(2, 1, True), Affine(2, 10.0, 0.1, 0.5)], ids=str)
+def test_views_keep_the_precision_of_the_inputs(made, dtype):
+    (views,) = made((torch.rand(3, 1, 6, 6).to(dtype),), 0, 0, ROWS)
+    assert views.shape == (3, 2, 1, 6, 6)
+    assert views.dtype == dtype

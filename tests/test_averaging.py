@@ -77,6 +77,18 @@ def test_a_state_takes_the_average_along():
             assert torch.equal(p, q)
 
 
+def test_a_run_that_goes_on_without_an_average_publishes_its_own_weights():
+    """The average that the steps before have left is neither tested nor saved."""
+    first, second = trainer(0.9), trainer(None)
+    list(first.run(until=4))
+    second.step.load_state_dict(first.step.state_dict())
+    for steps in (4, 8):  # before the first step of its own, and after some
+        list(second.run(until=steps))
+        own = weights_of(second.step.engine.model)
+        with second.weights_to_publish():
+            assert all(map(torch.equal, weights_of(second.step.engine.model), own))
+
+
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
 def test_a_senseless_decay_is_refused(decay):
     with pytest.raises(ValueError, match="ema_decay"):

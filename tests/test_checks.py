@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, labelled_loss, squares
+from cases import CASES, ENGINES, labelled_loss, squares
 from torch import nn
 
 from dpsgd import checks, engines, losses
@@ -390,3 +390,29 @@ def test_synthetic_labels_per_token_do_not_count_at_padding():
     assert (y == losses.IGNORED).any()
     assert (x[y == losses.IGNORED] == 0).all()
     assert not (checks.synthetic_batch(data, 4, padded=False)[1] == losses.IGNORED).any()
+
+
+class Spoiled(engines.Engine):
+    """Right for finite samples; 0 * NaN spreads to all rows otherwise."""
+
+    def _compute(self, batch, size, parameters):
+        losses = self.loss_fn(self.model, batch)
+        rows = torch.autograd.grad(
+            losses, list(parameters.values()), torch.eye(size), is_grads_batched=True
+        )
+        return engines.DenseGrads(losses, dict(zip(parameters, rows)))
+
+
+def test_an_engine_that_lets_nan_spread_is_refused():
+    model = torch.nn.Linear(4, 3)
+    batch = torch.randn(5, 4), torch.arange(5) % 3
+    with pytest.raises(ValueError, match="Spoiled to keep a sample with NaN apart"):
+        checks.preflight(Spoiled(model, losses.cross_entropy), batch)
+
+
+@pytest.mark.parametrize("engine", [n for n in ENGINES if n != "opacus-ghost"])
+def test_the_engines_keep_nan_apart(engine):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3))
+    batch = torch.randn(5, 4), torch.arange(5) % 3
+    checks.check_containment(ENGINES[engine](model, losses.cross_entropy), batch)
+    assert batch[0].isfinite().all()

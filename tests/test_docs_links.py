@@ -1,12 +1,15 @@
 """Links into the repository work on the documentation site."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-PATH = Path(__file__).parent.parent / "docs" / "hooks" / "repository.py"
+ROOT = Path(__file__).parent.parent
+PATH = ROOT / "docs" / "hooks" / "repository.py"
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/*/*.md")]
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +56,10 @@ def test_a_link_to_nothing_is_an_error(rewritten):
 def test_code_is_left_alone(rewritten):
     code = "```python\ngrads = engines[name](../nothing.md)\n```"
     assert rewritten(code) == code
+
+
+def test_no_page_has_words_that_browsers_take_for_tags():
+    """<g_i, v> outside of code vanishes from the site."""
+    for page in PAGES:
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+        assert not re.findall(r"<[a-z]+_[^>\n]*>", text), page

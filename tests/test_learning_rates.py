@@ -75,6 +75,12 @@ def test_any_scheduler_of_torch_with_whatever_it_changes():
     assert [row["lr"] for row in adam] == [2, 1, 0.5]
 
 
+@pytest.mark.parametrize("factor", [-1.0, float("nan"), 1e200])
+def test_rates_that_no_optimizer_takes_are_refused(factor):
+    with pytest.raises(ValueError, match="finite learning rates >= 0"):
+        learning_rates.tabulated(lambda o: ExponentialLR(o, factor), optimizer(), 4)
+
+
 def test_what_is_no_such_scheduler_is_refused():
     with pytest.raises(ValueError, match="ReduceLROnPlateau"):
         learning_rates.tabulated(ReduceLROnPlateau, optimizer(), 3)

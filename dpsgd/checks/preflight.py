@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dpsgd.checks.agreement import check_agreement, check_coverage
+from dpsgd.checks.containment import check_containment
 from dpsgd.checks.independence import check_independence
 from dpsgd.checks.state import check_runs, check_unchanged_state, restored
 from dpsgd.engines import Batch, Engine
@@ -47,14 +48,15 @@ def preflight(engine: Engine, batch: Batch) -> Preflight:
 
     Raises:
         ValueError: If samples influence each other's losses or gradients, a forward pass changes
-            buffers or parameters, or the engine's gradients differ from those of `Loop` or do not
-            add up to autograd's.
+            buffers or parameters, the engine's gradients differ from those of `Loop` or do not add
+            up to autograd's, or NaN in one sample spoils others.
     """
     check_runs(engine.model, engine.loss_fn, batch)
     check_unchanged_state(engine.model, engine.loss_fn, batch)
     check_independence(engine.model, engine.loss_fn, batch)
     check_agreement(engine, batch)
     check_coverage(engine, batch)
+    check_containment(engine, batch)
     with restored(engine.model):
         grads = engine(batch)
         sums = grads.weighted_sum(torch.ones(size_of(batch)))

@@ -42,8 +42,8 @@ def synthetic_batch(data: Dataset, size: int, *, padded: bool = True) -> Batch:
     Args:
         data: What is declared.
         size: B.
-        padded: Whether the inputs end in zeros, as if padded, from another place in each sample;
-            labels, where each position has one, then are -100 there.
+        padded: Whether the inputs end in padding (zeros, unless the data declares another id), from
+            another place in each sample; labels, where each position has one, then are -100 there.
     """
     shape = (size, *data.input_shape)
     with torch.random.fork_rng(devices=[]):
@@ -53,7 +53,7 @@ def synthetic_batch(data: Dataset, size: int, *, padded: bool = True) -> Batch:
             x = torch.randint(data.vocab_size, shape)
         starts = torch.randperm(size) * shape[1] // size if padded else ()
         for row, start in enumerate(starts):
-            x[row, start + 1 :] = 0
+            x[row, start + 1 :] = data.padding or 0
         targets = data.train[1]
         y = torch.rand((size, *targets.shape[1:]))
         if data.num_classes is not None:

@@ -4,6 +4,7 @@ from dpsgd.data.base import Dataset
 from dpsgd.data.digits import digits
 from dpsgd.data.glyphs import glyphs
 from dpsgd.data.hf import huggingface
+from dpsgd.data.labelled_text import labelled_text
 from dpsgd.data.schema import Schema
 from dpsgd.data.stories import stories
 from dpsgd.data.synthetic import synthetic
@@ -18,6 +19,7 @@ __all__ = [
     "digits",
     "glyphs",
     "huggingface",
+    "labelled_text",
     "stories",
     "synthetic",
     "tensors",

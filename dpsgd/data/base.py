@@ -26,6 +26,7 @@ class Dataset:
         vocab_size: Number of tokens, inputs being int64 ids in 0..vocab_size-1; None for floating
             inputs.
         users: Whose each training record is, [N] int64 of any values, for user-level sampling.
+        padding: The token id that fills up short inputs; None where none does.
 
     Raises:
         ValueError: If a declaration is not positive or records do not match the declarations.
@@ -38,6 +39,7 @@ class Dataset:
     public_size: int
     vocab_size: int | None = None
     users: Tensor | None = field(default=None, repr=False)
+    padding: int | None = None
 
     def __post_init__(self) -> None:
         schema = Schema(self.input_shape, self.num_classes, self.vocab_size)
@@ -48,6 +50,7 @@ class Dataset:
                 f"Expected public_size to be a positive integer, got {size!r}. Declare the number "
                 "of records that may be publicly known."
             )
+        _check_padding(self.padding, self.vocab_size)
         schema.check(self.train, "training")
         if self.test is not None:
             schema.check(self.test, "test")
@@ -69,3 +72,12 @@ class Dataset:
         """
         x, y = self.train
         return x.index_select(0, indices), y.index_select(0, indices)
+
+
+def _check_padding(padding: int | None, vocab_size: int | None) -> None:
+    if padding is None:
+        return
+    if vocab_size is None:
+        raise ValueError(f"Expected padding only for token ids, got {padding} without vocab_size.")
+    if isinstance(padding, bool) or not isinstance(padding, int) or not 0 <= padding < vocab_size:
+        raise ValueError(f"Expected padding within 0..{vocab_size - 1}, got {padding!r}.")

@@ -63,12 +63,12 @@ class Columns:
             ValueError: If there is no such column or its values do not fit the declared format.
         """
         if not isinstance(self.inputs, str):
-            x = torch.stack([_numbers(table, name) for name in self.inputs], dim=-1)
+            x = torch.stack([numbers_of(table, name) for name in self.inputs], dim=-1)
         elif _is_image(table, self.inputs):
             x = _images(table, self.inputs, self.schema.input_shape)
         else:
-            x = _numbers(table, self.inputs)
-        x, y = self.schema.conform(x, _numbers(table, self.labels))
+            x = numbers_of(table, self.inputs)
+        x, y = self.schema.conform(x, numbers_of(table, self.labels))
         if self._normalises:
             mean, std = self._shift_and_scale()
             x = (x - mean) / std
@@ -103,7 +103,12 @@ def _is_image(table: Table, name: str) -> bool:
     return isinstance(table.features[name], Image)
 
 
-def _numbers(table: Table, name: str) -> Tensor:
+def numbers_of(table: Table, name: str) -> Tensor:
+    """Returns a column of numbers, or of lists of numbers of one length, as a tensor [N, ...].
+
+    Raises:
+        ValueError: If there is no such column, or it holds something else.
+    """
     _check_present(table, name)
     try:
         return torch.tensor(np.asarray(table.with_format("numpy", columns=[name])[:][name]))

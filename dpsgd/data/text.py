@@ -70,20 +70,22 @@ def text(
     source = Source(
         str(path), subset, train_split, test_split, None if test_path is None else str(test_path)
     )
-    tokenize: Tokenize = _bytes
+    tokenize: Tokenize = to_bytes
     padding = BYTES
     if tokenizer is not None:
-        tokenize, padding = _tokenizer(tokenizer, input_shape[0], vocab_size)
+        tokenize, its_padding = tokenizer_of(tokenizer, input_shape[0], vocab_size)
+        padding = 0 if its_padding is None else its_padding
+    padding = min(padding, vocab_size - 1)
     with TemporaryDirectory() as scratch:
         tables = source.load(library(), scratch)
 
         def read(split: str) -> Records:
-            ids = _ids(source.pick(tables, split), column, tokenize, tokenizer, vocab_size)
-            return padded(ids, input_shape[0], min(padding, vocab_size - 1))
+            ids = ids_of(source.pick(tables, split), column, tokenize, tokenizer, vocab_size)
+            return padded(ids, input_shape[0], padding)
 
         train = read(train_split)
         test = read(source.test_name) if source.test_name else None
-    return Dataset(train, test, input_shape, num_classes, public_size, vocab_size)
+    return Dataset(train, test, input_shape, num_classes, public_size, vocab_size, padding=padding)
 
 
 def padded(sequences: Sequence[Sequence[int]], length: int, padding: int) -> Records:
@@ -102,10 +104,21 @@ def padded(sequences: Sequence[Sequence[int]], length: int, padding: int) -> Rec
     return x, y
 
 
-def _ids(
+def ids_of(
     table: Table, column: str, tokenize: Tokenize, tokenizer: str | None, vocab_size: int
 ) -> list[Sequence[int]]:
-    """The token ids of each row."""
+    """Returns the token ids of each row.
+
+    Args:
+        table: The rows.
+        column: The column with text or token ids.
+        tokenize: Makes ids of text.
+        tokenizer: Where `tokenize` came from; None if it takes bytes.
+        vocab_size: Number of tokens.
+
+    Raises:
+        ValueError: If there is no such column, or it holds something else.
+    """
     if column not in table.column_names:
         raise ValueError(
             f"Expected a column '{column}', got {', '.join(table.column_names)}. Set data.column "
@@ -136,12 +149,22 @@ def _is_ids(row: Any) -> bool:
     return isinstance(row, list) and all(type(number) is int for number in row)
 
 
-def _bytes(texts: Sequence[str]) -> list[Sequence[int]]:
+def to_bytes(texts: Sequence[str]) -> list[Sequence[int]]:
+    """Returns the bytes of texts in UTF-8."""
     return [text.encode() for text in texts]
 
 
-def _tokenizer(path: str, length: int, vocab_size: int) -> tuple[Tokenize, int]:
-    """What tokenises text, and the id of its padding."""
+def tokenizer_of(path: str, length: int, vocab_size: int) -> tuple[Tokenize, int | None]:
+    """Returns what tokenises text, and the id of its padding, None if it has none.
+
+    Args:
+        path: A local directory with the tokenizer of a Hugging Face model.
+        length: The most tokens of a text.
+        vocab_size: The declared number of tokens.
+
+    Raises:
+        ValueError: If it cannot be read, or has more tokens than declared.
+    """
     from dpsgd.optional import transformers
 
     if not Path(path).expanduser().is_dir():
@@ -165,4 +188,4 @@ def _tokenizer(path: str, length: int, vocab_size: int) -> tuple[Tokenize, int]:
     def tokenize(texts: Sequence[str]) -> list[Sequence[int]]:
         return list(made(list(texts), truncation=True, max_length=length)["input_ids"])
 
-    return tokenize, 0 if made.pad_token_id is None else made.pad_token_id
+    return tokenize, made.pad_token_id

@@ -133,6 +133,9 @@ class SizeProbe:
     probe, a layer fed with [T] position ids or time-major data [T, B, ...] would be mistaken for a
     batch whenever T = B. The trainer's preflight brings the signature along with synthetic records,
     so that no private record is ever probed.
+
+    It runs twice, the second time with moved weights: a layer that starts at zero, or nearly so,
+    would hide what is wrong before it until the first step.
     """
 
     def __init__(self) -> None:
@@ -143,7 +146,7 @@ class SizeProbe:
     ) -> None:
         """Calls `run(other_batch, other_size)`, which raises if some layer sees another size.
 
-        Random states and buffers are restored afterwards.
+        Random states, buffers and weights are restored afterwards.
         """
         modes = tuple(module.training for module in model.modules())
         trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
@@ -157,6 +160,8 @@ class SizeProbe:
         with RandomState(model).replayed(), torch.enable_grad():
             try:
                 run(few, other)
+                with _moved_weights(model):
+                    run(few, other)
             except ValueError:
                 raise
             except Exception as error:
@@ -169,6 +174,22 @@ class SizeProbe:
                     buffer.copy_(kept)
         if _tells_rows_apart(few, min(size, other)):
             self._seen.add(signature)
+
+
+@contextmanager
+def _moved_weights(model: nn.Module) -> Iterator[None]:
+    """Gives trainable parameters other values of the same sign, and small ones to zeros."""
+    kept = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    try:
+        for p, own in kept:
+            scale = 0.3 * (own.shape[0] / max(1, own.numel())) ** 0.5 if own.dim() else 0.3
+            small = own.abs() < 0.03 * scale
+            moved = own * (1 + 0.3 * (2 * torch.rand_like(own) - 1))
+            p.data = torch.where(small, scale * torch.randn_like(own), moved)
+        yield
+    finally:
+        for p, own in kept:
+            p.data = own
 
 
 def _tells_rows_apart(batch: Batch, size: int) -> bool:

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from dpsgd.engines import Batch
 from dpsgd.engines.batch import map_tensors, size_of
 from dpsgd.plan import PrivacyPlan
-from dpsgd.trainer import check_size, pad_rows
+from dpsgd.trainer import pad_rows
+from dpsgd.trainer_checks import check_size
 
 Collate = Callable[[list[Any]], Batch]
 """Makes one batch, a pytree of tensors [B, ...], of a list of records."""

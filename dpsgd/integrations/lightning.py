@@ -36,7 +36,9 @@ _CALLBACKS = BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 _HOOKS = (
     "backward",
     "configure_gradient_clipping",
+    "on_after_backward",
     "on_after_batch_transfer",
+    "on_before_backward",
     "on_before_batch_transfer",
     "optimizer_step",
     "optimizer_zero_grad",

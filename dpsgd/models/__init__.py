@@ -12,6 +12,17 @@ from dpsgd.models.linear import Linear
 from dpsgd.models.lstm import LSTM
 from dpsgd.models.mlp import MLP
 from dpsgd.models.transformer import Transformer
+from dpsgd.models.tutorial_cnn import TutorialCNN
 from dpsgd.models.wide_resnet import WideResNet
 
-__all__ = ["CNN", "LSTM", "MLP", "FilterBank", "Linear", "Transformer", "WideResNet", "huggingface"]
+__all__ = [
+    "CNN",
+    "LSTM",
+    "MLP",
+    "FilterBank",
+    "Linear",
+    "Transformer",
+    "TutorialCNN",
+    "WideResNet",
+    "huggingface",
+]

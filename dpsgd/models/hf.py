@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from dpsgd.models.arguments import positive
+from dpsgd.models.attention import agree_on_padding, check_causal, ignore_padding
 from dpsgd.models.lora import Lora, with_adapters
 from dpsgd.optional import transformers
 
@@ -36,6 +36,7 @@ def huggingface(
     config: Mapping[str, Any] | None = None,
     path: str | None = None,
     lora: Mapping[str, Any] | None = None,
+    padding: int | None = None,
 ) -> nn.Module:
     """Returns a model of the transformers library, new or from a local directory.
 
@@ -43,6 +44,9 @@ def huggingface(
     exactly; dropout is what the model's configuration says. The key-value cache is off in training,
     where it would only take memory; `generate` uses it all the same. Nothing is downloaded, and no
     code or pickle of the directory is run.
+
+    A classifier of sequences attends to no padding on the right: called without an attention mask,
+    it takes token ids equal to its `pad_token_id` for padding.
 
     Args:
         head: `causal_lm` (with `loss=causal_lm`), `sequence_classification` of token ids or
@@ -55,6 +59,7 @@ def huggingface(
             that differ from those of the directory, dropout for example.
         path: A directory written by `save_pretrained`, to start from its weights.
         lora: Trains adapters instead of all weights, see `Lora`; None trains all.
+        padding: The token id of the data's padding, for a classifier; None takes the model's own.
 
     Raises:
         ValueError: If a library is not installed, there is no such head, type, field or directory,
@@ -69,21 +74,28 @@ def huggingface(
         )
     adapters = None if lora is None else Lora.of(lora)
     library = transformers()
+    if head != "sequence_classification":
+        padding = None
     declared = _labels(head, num_classes) | _tokens(head, vocab_size)
     if path is None:
-        settings = _new_settings(library, str(type), declared, config or {})
+        padded = {} if padding is None else {"pad_token_id": padding}
+        settings = _new_settings(library, str(type), declared | padded, config or {})
     else:
         settings = _stored_settings(library, type, path, config or {})
         if "num_labels" in declared:
             settings.num_labels = declared["num_labels"]
     _check_sizes(settings, input_shape, vocab_size)
     _suit(settings, head)
+    if head == "sequence_classification":
+        agree_on_padding(settings, padding)
     auto = getattr(library, _HEADS[head])
     model = _new(auto, settings, head) if path is None else _stored(auto, settings, path, head)
     if "use_cache" in _fields(settings):
         model.config.use_cache = False
     if head == "causal_lm":
-        _check_causal(model, settings.model_type)
+        check_causal(model)
+    if head == "sequence_classification":
+        ignore_padding(model)
     return (model if adapters is None else with_adapters(model, adapters, head)).train()
 
 
@@ -192,39 +204,9 @@ def _check_sizes(settings: Any, input_shape: Sequence[int], vocab_size: int | No
 
 
 def _suit(settings: Any, head: str) -> None:
-    """Makes a decoder of what is an encoder by default; a classifier needs to know its padding."""
-    fields = settings.to_dict()
-    if head == "causal_lm" and fields.get("is_decoder") is False:
+    """Makes a decoder of what is an encoder by default."""
+    if head == "causal_lm" and settings.to_dict().get("is_decoder") is False:
         settings.is_decoder = True
-    if head == "sequence_classification" and fields.get("pad_token_id", 0) is None:
-        raise ValueError(
-            f"Expected a {settings.model_type} classifier to know which token is padding, so that "
-            "it finds the last one that is none. Set +model.config.pad_token_id=NUMBER."
-        )
-
-
-def _check_causal(model: Any, kind: str) -> None:
-    """Raises for a model whose predictions see what they predict.
-
-    Raises:
-        ValueError: If the last token has an influence on the scores before it.
-    """
-    ids = torch.zeros(2, 4, dtype=torch.long)
-    ids[1, -1] = 1
-    state = torch.get_rng_state()
-    try:
-        with torch.no_grad():
-            one, other = model.eval()(input_ids=ids).logits[:, :-1].double()
-    except Exception as error:
-        raise _refused(f"next-token predictions with a {kind}", error) from error
-    finally:
-        torch.set_rng_state(state)
-    if not torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max())):
-        raise ValueError(
-            f"Expected a causal model for head=causal_lm, got a {kind} whose predictions see the "
-            "tokens that they predict: its perplexity would mean nothing. Choose a decoder, gpt2 "
-            "or llama for example."
-        )
 
 
 def _new(auto: Any, settings: Any, head: str) -> Any:

@@ -22,7 +22,8 @@ def train_only(model: nn.Module, patterns: str | Sequence[str]) -> None:
     Raises:
         ValueError: If a pattern matches no name, or nothing is left to train.
     """
-    wanted: list[Any] = [patterns] if isinstance(patterns, str) else list(patterns)
+    several = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    wanted: list[Any] = list(patterns) if several else [patterns]
     names = [name for name, _ in model.named_parameters()]
     for pattern in wanted:
         if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):

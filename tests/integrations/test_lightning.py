@@ -237,6 +237,11 @@ def test_hooks_that_would_not_run_are_refused(tmp_path):
 
     refused("without configure_gradient_clipping", tmp_path, module=Clipping())
 
+    class Watching(Classifier):
+        def on_after_backward(self): ...
+
+    refused("without on_after_backward", tmp_path, module=Watching())
+
 
 def test_optimisation_by_hand_is_refused(tmp_path):
     module = Classifier()

@@ -137,3 +137,5 @@ def test_patterns_that_match_nothing_are_named():
     model.weight.requires_grad_(False)
     with pytest.raises(ValueError, match="leaves none"):
         train_only(model, "weight")
+    with pytest.raises(ValueError, match="3 matches none of"):
+        train_only(model, 3)

@@ -417,4 +417,26 @@ MUTATIONS = [
         '"key of the noise": "",',
         STEPS + "test_what_cannot_work_is_refused_on_every_process[key]",
     ),
+    Mutation(
+        "unit-norm gradients get the noise of a smaller clip norm",
+        "clipping/flat.py",
+        '"""1, whatever C is."""\n        return 1.0',
+        '"""1, whatever C is."""\n        return min(1.0, self.max_grad_norm)',
+        POLICIES
+        + "test_a_record_moves_sum_and_statistic_by_at_most_the_bound[ghost-unit_norm-huge]",
+    ),
+    Mutation(
+        "steps of a growing batch are charged at the rate of the first",
+        "sampling/poisson.py",
+        "for factor, sigma, count in self.factors.split(noise, start):",
+        "for factor, sigma, count in self.factors.split(noise, 0 * start):",
+        "tests/test_batch_schedule.py::test_repeated_steps_are_charged_at_their_own_rates",
+    ),
+    Mutation(
+        "a sample that is not finite may silence the others",
+        "checks/preflight.py",
+        "    check_containment(engine, batch)\n",
+        "",
+        "tests/test_checks.py::test_an_engine_that_lets_nan_spread_is_refused",
+    ),
 ]
