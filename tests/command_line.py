@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +18,10 @@ ROOT = Path(dpsgd.__file__).parent.parent
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left behind: its status is minus the signal that killed it, as always."""
+    """What a command left behind: its status is minus the signal that killed it, as always.
+
+    The seconds are those of the processor, which do not depend on what else the machine does.
+    """
 
     returncode: int
     stdout: str
@@ -71,7 +73,6 @@ class Running:
             for _ in range(2)
         ]
         _zygote()
-        self._began = time.monotonic()
         self.pid = _ask(
             arguments=list(arguments), cwd=str(cwd), module=module, before=before,
             environment=variables or {}, stdout=self._files[0].name, stderr=self._files[1].name,
@@ -82,7 +83,6 @@ class Running:
 
     def wait(self, timeout=240):
         answer = _ask(wait=self.pid, timeout=timeout)
-        seconds = time.monotonic() - self._began
         if answer["status"] is None:
             self.send(signal.SIGKILL)
             _ask(wait=self.pid, timeout=10)
@@ -90,7 +90,7 @@ class Running:
         for file in self._files:
             file.close()
         assert answer["status"] is not None, f"no end after {timeout} s: {out}{err}"
-        return Done(answer["status"], out, err, seconds)
+        return Done(answer["status"], out, err, answer["seconds"])
 
 
 def command(*arguments, cwd, check=True, **options):

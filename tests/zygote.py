@@ -61,7 +61,8 @@ def waited(pid, timeout):
     while time.monotonic() < deadline:
         found, status, usage = os.wait4(pid, os.WNOHANG)
         if found:
-            return {"status": os.waitstatus_to_exitcode(status), "peak": usage.ru_maxrss}
+            seconds = usage.ru_utime + usage.ru_stime
+            return {"status": os.waitstatus_to_exitcode(status), "seconds": seconds}
         time.sleep(0.002)
     return {"status": None}
 

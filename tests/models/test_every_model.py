@@ -85,7 +85,10 @@ def test_shapes_and_classes_are_checked(build, input_shape, num_classes, named):
 
 @pytest.mark.parametrize("build", [MLP, CNN, Transformer, WideResNet])
 def test_an_unknown_activation_lists_the_choices(build):
-    with pytest.raises(ValueError, match="relu, tanh, gelu, silu, elu, got swish"):
+    with pytest.raises(
+        ValueError,
+        match="relu, tanh, gelu, silu, elu, or the numbers of a tempered sigmoid, got swish",
+    ):
         build(IMAGE, 10, activation="swish")
 
 

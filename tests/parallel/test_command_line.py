@@ -42,8 +42,8 @@ def lines(run, name="ledger.jsonl"):
     ("way", "processes", "dtype", "tolerance"),
     [
         ("ddp", 2, "float32", 1e-6), slow("ddp", 4, "float64", 1e-12),
-        slow("ddp", 1, "float64", 1e-12), slow("fsdp", 2, "float64", 1e-12),
-        ("fsdp", 4, "float64", 1e-12), slow("fsdp", 4, "float32", 1e-6),
+        slow("ddp", 1, "float64", 1e-12), ("fsdp", 2, "float64", 1e-12),
+        slow("fsdp", 4, "float64", 1e-12), slow("fsdp", 4, "float32", 1e-6),
         slow("fsdp", 1, "float64", 1e-12),
     ],
 )  # fmt: skip
