@@ -32,7 +32,7 @@ def plot(results: dict[str, Any], folder: Path) -> None:
                 color="0.3" if number == 0 else "C0" if cell["mean"] >= base["mean"] else "C1",
             )
             if 100 * cell["mean"] < LEAST:
-                axes.text(LEAST + 0.3, number, f"< {100 * cell['mean']:.0f} %", va="center")
+                axes.text(LEAST + 0.3, number, f"← {100 * cell['mean']:.0f} %", va="center")
         axes.set_xlim(LEAST, 99.5)
         axes.set_title(f"epsilon {epsilon}", fontsize=10)
         axes.set_xlabel("test accuracy (%)")
