@@ -64,11 +64,11 @@ def test_a_planted_bug_exits_non_zero(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("sampler=truncated_poisson",),
+        ("sampler=truncated_poisson", "privacy.noise_multiplier=1"),
         ("sampler=shuffled", "privacy.adjacency=replace_one"),
         ("data=synthetic", "data.num_users=50", "sampler=user_poisson", "sampler.public_size=50"),
         ("data=synthetic", "data.kind=tokens", "data.input_shape=[9]", "data.vocab_size=11",
-         "model=transformer", "clipping=adaptive", "engine=ghost"),
+         "model=transformer", "clipping=adaptive", "engine=ghost", "trainer.num_steps=1"),
     ],
     ids=lambda arguments: arguments[0].split("=")[1],
 )  # fmt: skip
