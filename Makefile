@@ -15,7 +15,7 @@ help:  ## show this list
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "dpsgd needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
-	@echo "setting up $(VENV): about a minute"
+	@echo "setting up $(VENV): two to five minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev]'
